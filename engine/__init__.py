@@ -1,0 +1,20 @@
+"""A distributed RLHF engine: actor, ref, critic and reward model under ZeRO sharding, trained by PPO.
+
+The public names are imported on first use, so that `import engine` stays cheap and never pulls in deepspeed.
+"""
+
+from importlib import import_module
+
+_HOMES = {
+    "PPOConfig": "engine.config",
+    "create_datasets": "engine.data",
+    "DeepSpeedRLHFEngine": "engine.rlhf_engine",
+    "DeepSpeedPPOTrainer": "engine.trainers.ppo_trainer",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'engine' has no attribute {name!r}. Public names: {', '.join(__all__)}")
+    return getattr(import_module(_HOMES[name]), name)

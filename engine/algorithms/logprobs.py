@@ -1,0 +1,248 @@
+"""Log-probs and entropies of tokens, from logits or, in chunks and without ever holding all logits, from hidden states.
+
+The chunked functions are the hot path: at vocabulary size V the logits of N tokens are by far the largest tensor of a
+language model's step. Chunked cross entropy is from Hsu et al. 2024, https://arxiv.org/abs/2410.10989; unlike there,
+backward recomputes the logits, since the gradient of a PPO loss is not known in forward.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from engine.algorithms.kl import full_kl
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float) -> Tensor:
+    """Log-probability of each token.
+
+        logits_y / temperature - log sum_v exp(logits_v / temperature)
+
+    Hinton et al. 2015, https://arxiv.org/abs/1503.02531, eq. 1.
+
+    Args:
+        logits: (..., V); the softmax is taken in fp32 at least.
+        tokens: (...), int64, each in 0..V-1.
+        temperature: > 0, the one that tokens are sampled at.
+
+    Returns:
+        (...), nats, fp32 (fp64 for fp64 logits).
+
+    Raises:
+        ValueError: shapes do not fit, or temperature <= 0.
+    """
+    if tokens.shape != logits.shape[:-1]:
+        raise ValueError(f"tokens has shape {tuple(tokens.shape)}, must be {tuple(logits.shape[:-1])} to fit logits.")
+    return _log_softmax(logits, temperature).gather(-1, tokens[..., None]).squeeze(-1)
+
+
+def entropy(logits: Tensor, *, temperature: float) -> Tensor:
+    """Entropy of the next-token distribution.
+
+        -sum_v p(v) log p(v)        p = softmax(logits / temperature)
+
+    Shannon 1948, https://doi.org/10.1002/j.1538-7305.1948.tb01338.x.
+
+    Args:
+        logits: (..., V), finite; the softmax is taken in fp32 at least.
+        temperature: > 0.
+
+    Returns:
+        (...), nats, fp32 (fp64 for fp64 logits).
+
+    Raises:
+        ValueError: temperature <= 0.
+    """
+    log_p = _log_softmax(logits, temperature)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def chunked_token_logprobs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, *, temperature: float, chunk_tokens: int
+) -> Tensor:
+    """token_logprobs(hidden @ weight.T + bias, tokens) with at most chunk_tokens rows of logits alive, backward too.
+
+    The matrix products run in the inputs' dtype, the softmax in fp32 at least; weight's gradient is summed over chunks
+    in fp32 and then cast. Gradients that nobody needs are not computed. The weight itself is what backward reads: it
+    must then hold its values again if it was emptied in between (ZeRO-3).
+
+    Hsu et al. 2024, https://arxiv.org/abs/2410.10989, section 3.2.
+
+    Args:
+        hidden: (N, H); N may be 0.
+        weight: (V, H), the dtype of hidden.
+        bias: (V,) or None.
+        tokens: (N,), int64, each in 0..V-1.
+        temperature: > 0, the one that tokens are sampled at.
+        chunk_tokens: rows per chunk, >= 1.
+
+    Returns:
+        (N,), nats, fp32 (fp64 for fp64 inputs), differentiable (once) in hidden, weight and bias.
+
+    Raises:
+        ValueError: shapes do not fit, temperature <= 0 or chunk_tokens < 1.
+    """
+    _check_chunked(hidden, tokens, temperature, chunk_tokens)
+    return _ChunkedTokenLogprobs.apply(hidden, weight, bias, tokens, temperature, chunk_tokens)
+
+
+@torch.no_grad()
+def chunked_token_statistics(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, *, temperature: float, chunk_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies, without gradient. The log-probs equal chunked_token_logprobs' bit by bit (same chunks).
+
+    Args:
+        hidden, weight, bias, tokens, temperature, chunk_tokens: as for chunked_token_logprobs.
+
+    Returns:
+        logprobs, entropy: (N,), nats, fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        ValueError: shapes do not fit, temperature <= 0 or chunk_tokens < 1.
+    """
+    _check_chunked(hidden, tokens, temperature, chunk_tokens)
+    logprobs = _empty_per_token(hidden)
+    entropies = _empty_per_token(hidden)
+    for rows in _chunks(hidden, chunk_tokens):
+        logits, log_normaliser, logprobs[rows] = _chunk_logprobs(hidden[rows], weight, bias, tokens[rows], temperature)
+        log_p = logits.sub_(log_normaliser[:, None])
+        entropies[rows] = log_p.exp().mul_(log_p).sum(-1).neg_()
+    return logprobs, entropies
+
+
+@torch.no_grad()
+def chunked_full_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    *,
+    temperature: float,
+    chunk_tokens: int,
+) -> Tensor:
+    """full_kl from hidden states, with at most chunk_tokens rows of logits alive. Without gradient.
+
+    Args:
+        hidden, weight, bias: (N, H), (V, H), (V,) or None: the actor.
+        ref_hidden, ref_weight, ref_bias: (N, H'), (V, H'), (V,) or None: the ref.
+        temperature: > 0, the one that responses are sampled at.
+        chunk_tokens: rows per chunk, >= 1.
+
+    Returns:
+        (N,), nats, fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        ValueError: shapes do not fit, temperature <= 0 or chunk_tokens < 1.
+    """
+    if ref_hidden.shape[0] != hidden.shape[0]:
+        raise ValueError(f"ref_hidden has {ref_hidden.shape[0]} rows, hidden has {hidden.shape[0]}.")
+    _check_chunk_scalars(temperature, chunk_tokens)
+    kl = _empty_per_token(hidden)
+    for rows in _chunks(hidden, chunk_tokens):
+        logits = F.linear(hidden[rows], weight, bias)
+        ref_logits = F.linear(ref_hidden[rows], ref_weight, ref_bias)
+        kl[rows] = full_kl(logits, ref_logits, temperature=temperature)
+    return kl
+
+
+class _ChunkedTokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tokens: Tensor,
+        temperature: float,
+        chunk_tokens: int,
+    ) -> Tensor:
+        logprobs = _empty_per_token(hidden)
+        log_normaliser = _empty_per_token(hidden)
+        for rows in _chunks(hidden, chunk_tokens):
+            _, log_normaliser[rows], logprobs[rows] = _chunk_logprobs(
+                hidden[rows], weight, bias, tokens[rows], temperature
+            )
+        # The parameter and no view of it: ZeRO-3 empties and refills its .data, which only the saved leaf itself sees.
+        ctx.save_for_backward(hidden, weight, bias, tokens, log_normaliser)
+        ctx.temperature = temperature
+        ctx.chunk_tokens = chunk_tokens
+        return logprobs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, tokens, log_normaliser = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=log_normaliser.dtype) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=log_normaliser.dtype) if needs_bias else None
+        for rows in _chunks(hidden, ctx.chunk_tokens):
+            logits = _chunk_logits(hidden[rows], weight, bias, ctx.temperature)
+            # d logprob / d logits = (onehot(token) - p) / temperature, built in the logits' own memory.
+            scale = (grad[rows] / ctx.temperature)[:, None]
+            grad_logits = logits.sub_(log_normaliser[rows, None]).exp_().mul_(-scale)
+            grad_logits.scatter_add_(1, tokens[rows, None], scale)
+            if needs_bias:
+                grad_bias += grad_logits.sum(0)
+            grad_logits = grad_logits.to(hidden.dtype)
+            if needs_hidden:
+                grad_hidden[rows] = grad_logits @ weight
+            if needs_weight and grad_weight.dtype == hidden.dtype:
+                grad_weight.addmm_(grad_logits.t(), hidden[rows])
+            elif needs_weight:
+                grad_weight += grad_logits.t() @ hidden[rows]
+        grad_weight = grad_weight.to(weight.dtype) if needs_weight else None
+        grad_bias = grad_bias.to(bias.dtype) if needs_bias else None
+        return grad_hidden, grad_weight, grad_bias, None, None, None
+
+
+def _chunk_logprobs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One chunk: logits / temperature (n, V), log-normaliser (n,), logprobs (n,). The only forward arithmetic, so that
+    log-probs at sampling time and in training agree bit by bit."""
+    logits = _chunk_logits(hidden, weight, bias, temperature)
+    log_normaliser = logits.logsumexp(-1)
+    return logits, log_normaliser, logits.gather(1, tokens[:, None]).squeeze(1) - log_normaliser
+
+
+def _chunk_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    logits = F.linear(hidden, weight, bias)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if temperature == 1 else logits.div_(temperature)
+
+
+def _chunks(hidden: Tensor, chunk_tokens: int) -> Iterator[slice]:
+    for start in range(0, hidden.shape[0], chunk_tokens):
+        yield slice(start, start + chunk_tokens)
+
+
+def _empty_per_token(hidden: Tensor) -> Tensor:
+    return hidden.new_empty(hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32))
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    if temperature <= 0:
+        raise ValueError(f"temperature={temperature} must be > 0.")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.log_softmax(logits / temperature, dim=-1)
+
+
+def _check_chunked(hidden: Tensor, tokens: Tensor, temperature: float, chunk_tokens: int) -> None:
+    if hidden.dim() != 2:
+        raise ValueError(f"hidden has shape {tuple(hidden.shape)}, must be (N, H).")
+    if tokens.shape != hidden.shape[:1]:
+        raise ValueError(f"tokens has shape {tuple(tokens.shape)}, must be {tuple(hidden.shape[:1])} to fit hidden.")
+    _check_chunk_scalars(temperature, chunk_tokens)
+
+
+def _check_chunk_scalars(temperature: float, chunk_tokens: int) -> None:
+    if temperature <= 0:
+        raise ValueError(f"temperature={temperature} must be > 0.")
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens={chunk_tokens} must be >= 1.")

@@ -1,0 +1,59 @@
+"""What leaves the shards for the disk: a plain Hugging Face folder that one process can load."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from deepspeed import DeepSpeedEngine
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from engine.distributed import comm
+from engine.distributed.gather import gathered
+from engine.models.loading import exported_config
+
+
+def export_huggingface(engine: DeepSpeedEngine, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write an engine's transformers model to `folder`: safetensors in the training dtype, config, tokenizer.
+
+    A collective: all ranks gather, one parameter at a time, and rank 0 writes. The folder appears complete or not at
+    all; one that was there before is replaced.
+
+    Raises:
+        ValueError: on every rank, when a weight is not finite.
+    """
+    model = engine.module.model
+    with comm.same_error_everywhere():
+        weights = _whole_weights(model)
+    with comm.same_error_everywhere():
+        if comm.is_main():
+            half_done = folder.with_name(folder.name + ".partial")
+            shutil.rmtree(half_done, ignore_errors=True)
+            live_config, model.config = model.config, exported_config(model)
+            try:
+                model.save_pretrained(half_done, state_dict=weights)
+            finally:
+                model.config = live_config
+            tokenizer.save_pretrained(half_done)
+            if folder.exists():
+                shutil.rmtree(folder)
+            half_done.rename(folder)
+
+
+def _whole_weights(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Every saved tensor of the model, whole and on the CPU, on rank 0; an empty dictionary elsewhere. A collective."""
+    whole: dict[str, Tensor] = {}
+    saved = model.state_dict().keys()
+    parameters = {id(p): (name, p) for name, p in model.named_parameters(remove_duplicate=False) if name in saved}
+    broken: list[str] = []
+    for name, parameter in parameters.values():  # by identity: tied weights are written once, as from_pretrained ties
+        with gathered([parameter]):
+            if comm.is_main():
+                whole[name] = parameter.detach().cpu().clone()
+                if not whole[name].isfinite().all():
+                    broken.append(name)
+    if comm.is_main():
+        whole |= {name: buffer.cpu() for name, buffer in model.named_buffers() if name in saved}
+        if broken:
+            raise ValueError(f"{len(broken)} weights are not finite, {broken[0]} the first. Nothing was written.")
+    return whole

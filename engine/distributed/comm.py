@@ -1,0 +1,202 @@
+"""The process group: how ranks start, what they tell each other, and how they agree on an error.
+
+What asks or tells the other ranks is a collective: all ranks call it, in the same order.
+"""
+
+import fcntl
+import os
+import resource
+import socket
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import psutil
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+# DeepSpeed 0.19's own calls, which torch 2.13 wants renamed: nothing a user of this engine could act on.
+warnings.filterwarnings("ignore", message="`torch.distributed.*` is deprecated", category=FutureWarning)
+
+
+def init_distributed(*, timeout_s: int = 1800) -> None:
+    """Join the process group: NCCL on GPUs, gloo on CPUs. A script started without a launcher is one rank.
+
+    Args:
+        timeout_s: a rank that waits longer than this for the others gives up with an error.
+    """
+    if dist.is_initialized():
+        return
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if get_accelerator().device_name() == "cpu":
+        if "OMP_NUM_THREADS" not in os.environ:
+            ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])))
+            torch.set_num_threads(max(1, psutil.cpu_count(logical=False) // ranks_here))
+        _build_ops()
+    else:
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(
+        dist_backend="gloo" if get_accelerator().device_name() == "cpu" else "nccl",
+        timeout=timedelta(seconds=timeout_s),
+        verbose=False,
+    )
+
+
+def shutdown() -> None:
+    """Leave the process group, once every rank is done."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that numbers depend on."""
+    return {name: version(name) for name in ("torch", "deepspeed", "transformers")}
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is global rank 0, the one that writes."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """Where this rank's models and tensors live."""
+    return torch.device(get_accelerator().current_device_name())
+
+
+def peak_memory_gib() -> float:
+    """This rank's largest memory use so far: of the GPU, or of the process (resident) on a CPU."""
+    if device().type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+
+
+def barrier() -> None:
+    dist.barrier()
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The element-wise sum over ranks, on every rank. NaN anywhere is NaN everywhere."""
+    total = tensor.clone()
+    dist.all_reduce(total, op=dist.ReduceOp.SUM)
+    return total
+
+
+def max_over_ranks(value: float) -> float:
+    """The largest of the ranks' numbers, on every rank. NaN counts as infinity, so that it is never lost."""
+    largest = torch.tensor([value], dtype=torch.float64, device=device()).nan_to_num(nan=torch.inf)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.item()
+
+
+def all_true(verdict: bool) -> bool:
+    """Whether every rank says yes."""
+    return max_over_ranks(0.0 if verdict else 1.0) == 0.0
+
+
+def any_true(verdict: bool) -> bool:
+    """Whether some rank says yes."""
+    return max_over_ranks(1.0 if verdict else 0.0) == 1.0
+
+
+def concatenated(tensor: Tensor) -> Tensor:
+    """The ranks' tensors, of any lengths, one after another along the first dimension, on every rank.
+
+    Args:
+        tensor: (n, ...) with this rank's own n; the other dimensions and the dtype are the same everywhere.
+    """
+    length = torch.tensor([len(tensor)], device=device())
+    lengths = [torch.empty_like(length) for _ in range(world_size())]
+    dist.all_gather(lengths, length)
+    padded = torch.zeros(max(int(n) for n in lengths), *tensor.shape[1:], dtype=tensor.dtype, device=device())
+    padded[: len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(n)] for part, n in zip(parts, lengths, strict=True)])
+
+
+def gathered_objects(value: Any) -> list[Any]:
+    """Every rank's Python object, in rank order, on every rank."""
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+@contextmanager
+def same_error_everywhere() -> Iterator[None]:
+    """Code of the user's that may fail on one rank only: if it does, every rank raises the same ValueError.
+
+    Without this the other ranks would wait in the next collective until the timeout.
+    """
+    error = None
+    try:
+        yield
+    except Exception as caught:  # reported on every rank below
+        error = caught
+    messages = gathered_objects(None if error is None else f"{type(error).__name__}: {error}")
+    failed = {number: message for number, message in enumerate(messages) if message is not None}
+    if failed:
+        first, message = next(iter(failed.items()))
+        raise ValueError(f"on rank {first} of {world_size()}: {message}") from error
+
+
+def check_same_everywhere(values: dict[str, Any]) -> None:
+    """Refuse a run whose ranks were started with different settings or versions.
+
+    Raises:
+        ValueError: names the setting and both values, on every rank.
+    """
+    for number, theirs in enumerate(gathered_objects(values)):
+        for name, mine in values.items():
+            if theirs[name] != mine:
+                raise ValueError(
+                    f"Ranks disagree on {name}: rank {rank()} has {mine!r}, rank {number} has {theirs[name]!r}. "
+                    f"Start every rank with the same configuration and the same installation."
+                )
+
+
+def _build_ops() -> None:
+    """Compile DeepSpeed's shared-memory op once, before any rank needs it.
+
+    DeepSpeed 0.19 compiles it inside `init_distributed` on every rank at once; torch guards the build with a file
+    named `lock` that a killed build leaves behind, after which every later start waits for it for ever and in
+    silence. Here the builds queue up behind an flock, which the kernel releases when its holder dies: whoever holds
+    the flock knows that a `lock` file it finds is stale.
+    """
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is None or not builder.is_compatible(verbose=False):
+        return
+    built_for = f"py{sys.version_info.major}{sys.version_info.minor}_torch{torch.__version__}_ds{deepspeed.__version__}"
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rlhf_engine" / "ops" / built_for
+    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default)))
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "rlhf_engine.flock", "w") as queue:
+        fcntl.flock(queue, fcntl.LOCK_EX)
+        stale = folder / builder.name / "lock"
+        if stale.exists():
+            print(
+                f"An interrupted build left {stale} behind. Removing it and building {builder.name} again.", flush=True
+            )
+            stale.unlink()
+        if not list(folder.glob(f"{builder.name}/*.so")):
+            print(f"Building DeepSpeed's {builder.name} in {folder}, once; this takes up to three minutes.", flush=True)
+        builder.load(verbose=False)

@@ -1,0 +1,95 @@
+"""Whole weights out of ZeRO-3 shards, for the length of a block.
+
+DeepSpeed 0.19's private names are used here: `engine.optimizer.parameter_offload` (the owner of ZeRO-3's module hooks),
+its `forward_hooks`, `backward_hooks` and `_register_deepspeed_module`. `tests/distributed/test_gather.py` holds them.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import deepspeed
+import psutil
+import torch
+from deepspeed import DeepSpeedEngine
+from torch import nn
+
+from engine.distributed import comm
+from engine.distributed.initialize import parameter_count, stage_of
+
+
+@contextmanager
+def gathered_for_generation(engine: DeepSpeedEngine) -> Iterator[nn.Module]:
+    """The engine's module, whole and in eval mode, for the length of the block; sharded and as before afterwards.
+
+    Under ZeRO-3 a gather alone lasts one forward pass: the hooks shard every layer again as it finishes. So the hooks
+    come off inside the block and go back on the way out. One all-gather per parameter per block, none per token.
+
+    A collective: every rank must enter, and every rank must leave.
+
+    Raises:
+        ValueError: on every rank, when the whole model does not fit into the memory that is free.
+    """
+    module, was_training = engine.module, engine.module.training
+    module.eval()
+    try:
+        with _unsharded(engine) if stage_of(engine) == 3 else nullcontext():
+            yield module
+    finally:
+        module.train(was_training)
+
+
+@contextmanager
+def sharded_for_generation(engine: DeepSpeedEngine) -> Iterator[nn.Module]:
+    """The engine's module in eval mode, left in its shards: each layer is gathered anew in every forward pass.
+
+    Needs no memory beyond a layer's, but all ranks have to call forward equally often.
+    """
+    module, was_training = engine.module, engine.module.training
+    module.eval()
+    try:
+        yield module
+    finally:
+        module.train(was_training)
+
+
+def gathered(parameters: Iterable[nn.Parameter]):
+    """These parameters whole, for reading, for the length of the block; no-op for parameters that are not sharded.
+
+    A collective under ZeRO-3.
+    """
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    return deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext()
+
+
+def is_sharded(parameter: nn.Parameter) -> bool:
+    """Whether this rank holds only its ZeRO-3 shard of the parameter right now."""
+    return hasattr(parameter, "ds_id") and parameter.numel() == 0
+
+
+@contextmanager
+def _unsharded(engine: DeepSpeedEngine) -> Iterator[None]:
+    _check_it_fits(engine)
+    zero3 = engine.optimizer.parameter_offload
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        for hook in (*zero3.forward_hooks, *zero3.backward_hooks):
+            hook.remove()
+        zero3.forward_hooks, zero3.backward_hooks = [], []
+        try:
+            yield
+        finally:
+            zero3._register_deepspeed_module(zero3.module)
+
+
+def _check_it_fits(engine: DeepSpeedEngine) -> None:
+    dtype = next(engine.module.parameters()).dtype
+    needed = parameter_count(engine) * dtype.itemsize
+    if comm.device().type == "cuda":
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        free = psutil.virtual_memory().available // comm.world_size()
+    if not comm.all_true(needed < free):
+        raise ValueError(
+            f"The whole actor takes {needed / 2**30:.1f} GiB on every rank during generation, and a rank has only "
+            f"{free / 2**30:.1f} GiB free (this is rank {comm.rank()}). Set --rollout.weights sharded to generate "
+            f"from the shards, slower; or use more GPUs, or a smaller rollout.micro_batch_size."
+        )

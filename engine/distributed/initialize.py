@@ -1,0 +1,119 @@
+"""Models built straight into shards and wrapped as DeepSpeed engines: every role is either trained or frozen.
+
+`models/` never hears of DeepSpeed: a role hands over a function that builds its model, and the context that shards
+parameters while they are made is put round it here.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import deepspeed
+import torch
+from deepspeed import DeepSpeedEngine
+from deepspeed.utils import logger as deepspeed_logger
+from torch import nn
+from transformers import get_scheduler
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+from engine.distributed.comm import device
+from engine.distributed.zero_config import frozen_config, training_config
+from engine.models.loading import restore_rope
+
+# DeepSpeed narrates every engine it makes; what matters of it is in the run's own banner.
+deepspeed_logger.setLevel(logging.WARNING)
+
+
+def trained_engine(
+    build_model: Callable[[], nn.Module],
+    *,
+    ds_config: Path,
+    dtype: Literal["float32", "bfloat16", "float16"],
+    learning_rate: float,
+    lr_scheduler: str,
+    warmup_steps: int,
+    total_steps: int,
+    weight_decay: float,
+    betas: tuple[float, float],
+    max_grad_norm: float,
+    gradient_checkpointing: bool,
+) -> DeepSpeedEngine:
+    """A model with AdamW (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101) and a learning-rate schedule.
+
+    A collective.
+
+    Args:
+        build_model: makes the wrapper module; its `.model` is the transformers model.
+        total_steps: optimizer steps until the schedule ends.
+    """
+    config = training_config(ds_config, dtype=dtype, max_grad_norm=max_grad_norm)
+    module = _built(build_model, config)
+    if gradient_checkpointing:
+        module.model.gradient_checkpointing_enable({"use_reentrant": False})
+    decayed = [p for p in module.parameters() if p.requires_grad and _rank(p) > 1]
+    others = [p for p in module.parameters() if p.requires_grad and _rank(p) <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=learning_rate,
+        betas=betas,
+        fused=True,
+    )
+    scheduler = get_scheduler(lr_scheduler, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=scheduler, config=config)
+    restore_rope(engine.module)
+    return engine
+
+
+def frozen_engine(build_model: Callable[[], nn.Module], *, ds_config: Path, dtype: str) -> DeepSpeedEngine:
+    """A model without gradients, optimizer or a second copy of its weights. A collective."""
+    config = frozen_config(ds_config, dtype=dtype)
+    module = _built(build_model, config)
+    module.requires_grad_(False)
+    engine, *_ = deepspeed.initialize(model=module, config=config)
+    restore_rope(engine.module)
+    engine.eval()
+    return engine
+
+
+def stage_of(engine: DeepSpeedEngine) -> int:
+    """The ZeRO stage an engine runs at."""
+    return engine.zero_optimization_stage()
+
+
+def parameter_count(engine: DeepSpeedEngine) -> int:
+    """Parameters of the whole model, sharded or not."""
+    return sum(math.prod(_whole_shape(p)) for p in engine.module.parameters())
+
+
+def _built(build_model: Callable[[], nn.Module], config: dict[str, Any]) -> nn.Module:
+    with _parameters_sharded_as_made(config):
+        module = build_model()
+    return module.to(device())
+
+
+@contextmanager
+def _parameters_sharded_as_made(config: dict[str, Any]) -> Iterator[None]:
+    """Under ZeRO-3, parameters become shards the moment a module is made, and rank 0 streams the checkpoint in.
+
+    transformers looks for a living HfDeepSpeedConfig in `from_pretrained`, and enters `deepspeed.zero.Init` itself.
+    """
+    if config["zero_optimization"].get("stage", 0) < 3:
+        yield
+        return
+    switch = HfDeepSpeedConfig(config)
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del switch
+
+
+def _whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))  # ds_shape: DeepSpeed's, on a ZeRO-3 shard
+
+
+def _rank(parameter: nn.Parameter) -> int:
+    return len(_whole_shape(parameter))

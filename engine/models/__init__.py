@@ -1,0 +1,1 @@
+"""What is computed: language models and scalar heads from transformers. Nothing here knows about ranks."""

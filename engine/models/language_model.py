@@ -1,0 +1,82 @@
+"""A causal language model that answers with the log-probabilities of given tokens, never with logits."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from engine.algorithms.logprobs import chunked_token_logprobs, chunked_token_statistics
+from engine.models.loading import load_pretrained
+
+
+class TokenLogprobs(NamedTuple):
+    """N is the number of tokens asked for."""
+
+    logprobs: Tensor  # (N,) fp32
+    hidden: Tensor  # (N, H) the states that predict the tokens
+    entropy: Tensor | None  # (N,) fp32, of the distributions the tokens were drawn from; None with gradients
+
+
+class LanguageModel(nn.Module):
+    """Actor and ref.
+
+    Sequences lie at the left of their row and padding at the right: a causal model's real tokens then never see the
+    padding, so no attention mask is needed and the fast attention kernels apply.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    @property
+    def head(self) -> nn.Module:
+        """The projection to the vocabulary."""
+        return self.model.get_output_embeddings()
+
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, targets: Tensor, *, temperature: float, chunk_tokens: int
+    ) -> TokenLogprobs:
+        """Log-probabilities of `targets`.
+
+        Args:
+            input_ids: (B, S), right-padded.
+            positions: (N,) indices into the B * S states; state `positions[i]` predicts `targets[i]`.
+            targets: (N,) token ids.
+            temperature: divides the logits.
+            chunk_tokens: so many rows of logits exist at a time.
+        """
+        hidden = hidden_states(self.model, input_ids)[positions]
+        weight, bias = self.head.weight, getattr(self.head, "bias", None)
+        given = dict(temperature=temperature, chunk_tokens=chunk_tokens)
+        if torch.is_grad_enabled():
+            return TokenLogprobs(chunked_token_logprobs(hidden, weight, bias, targets, **given), hidden, None)
+        logprobs, entropy = chunked_token_statistics(hidden, weight, bias, targets, **given)
+        return TokenLogprobs(logprobs, hidden, entropy)
+
+
+def load_language_model(model_name_or_path: str, *, dtype: torch.dtype) -> LanguageModel:
+    """Actor or ref from a folder or hub name.
+
+    Raises:
+        ValueError: there is no such model, it is no causal language model, or its logits are more than a linear map
+            of its last hidden state (soft-capped or scaled logits, which the chunked head would get wrong).
+    """
+    model = load_pretrained(AutoModelForCausalLM, model_name_or_path, dtype=dtype)
+    saved_as = (model.saved_architectures or ["a language model"])[0]
+    if model.missing_from_checkpoint or saved_as.endswith("ForSequenceClassification"):
+        raise ValueError(
+            f"{model_name_or_path} is not a causal language model: it was saved as {saved_as} and lacks "
+            f"{', '.join(model.missing_from_checkpoint[:3]) or 'a trained head'}. Is it a reward model?"
+        )
+    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier"):
+        if getattr(model.config, name, None) not in (None, 1, 1.0):
+            raise ValueError(f"{model_name_or_path} has {name}={getattr(model.config, name)}, not supported yet.")
+    return LanguageModel(model)
+
+
+def hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """(B * S, H): the backbone's last hidden states of right-padded rows, positions counted from 0."""
+    position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    states = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    return states.reshape(-1, states.shape[-1])

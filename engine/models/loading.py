@@ -1,0 +1,118 @@
+"""Tokenizers and the transformers models behind every role, from a folder, a hub name or `random://`.
+
+Dropout is off in every model of the engine: PPO compares log-probabilities of the same weights taken at different
+moments, and noise between them would be read as a change of policy. The exported config gets its dropout back.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from engine.models.random_init import local_name
+
+
+def load_tokenizer(model_name_or_path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, padding with its end-of-sequence token when it has no pad token of its own.
+
+    Masks are made from lengths, so which token pads never matters.
+
+    Raises:
+        ValueError: there is no such model, or its tokenizer has no end-of-sequence token.
+    """
+    folder = _found(model_name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{model_name_or_path} holds no tokenizer that loads: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"The tokenizer of {model_name_or_path} has no end-of-sequence token: nothing could end.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_pretrained(auto_class: type, model_name_or_path: str, *, dtype: torch.dtype, **overrides) -> PreTrainedModel:
+    """A transformers model with dropout off.
+
+    It carries three attributes more: `missing_from_checkpoint` lists the weights that had to be made up,
+    `saved_architectures` the class names it was saved under, `dropout_before_training` the switched-off dropouts.
+
+    Args:
+        auto_class: `AutoModelForCausalLM` or `AutoModelForSequenceClassification`.
+        overrides: fields of the model's config to set.
+
+    Raises:
+        ValueError: there is no such model, or it is not of this class.
+    """
+    folder = _found(model_name_or_path)
+    try:
+        config = AutoConfig.from_pretrained(folder, **overrides)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{model_name_or_path} is neither a model folder nor a hub name that loads: {error}"
+        ) from error
+    saved_architectures, dropout = config.architectures, _switch_dropout_off(config)
+    with _quiet_transformers():
+        model, report = auto_class.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
+    model.missing_from_checkpoint = sorted(report["missing_keys"] - set(model.all_tied_weights_keys))
+    model.saved_architectures, model.dropout_before_training = saved_architectures, dropout
+    return model
+
+
+def restore_rope(model: nn.Module) -> None:
+    """Put every rotary embedding's frequencies back to fp32.
+
+    `zero.Init` and `.to(bfloat16)` round `inv_freq` to bf16 (4e-3 relative), which shifts every position.
+    """
+    for module in model.modules():
+        frequencies = {name: buffer for name, buffer in module.named_buffers(recurse=False) if "inv_freq" in name}
+        if not frequencies:
+            continue
+        fresh = dict(type(module)(config=module.config).named_buffers(recurse=False))
+        for name, rounded in frequencies.items():
+            setattr(module, name, fresh[name].to(rounded.device, torch.float32))
+
+
+def exported_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """The config to save: dropout as it was before training, the KV cache on."""
+    config = copy.deepcopy(model.config)
+    for name, value in model.dropout_before_training.items():
+        setattr(config, name, value)
+    config.use_cache = True
+    return config
+
+
+def _found(model_name_or_path: str) -> str:
+    folder = local_name(model_name_or_path)
+    looks_local = folder.startswith((".", "/", "~")) or folder.count("/") > 1
+    if looks_local and not (Path(folder).expanduser() / "config.json").is_file():
+        raise ValueError(f"{model_name_or_path}: no such model folder (there is no config.json in it).")
+    return str(Path(folder).expanduser()) if looks_local else folder
+
+
+def _switch_dropout_off(config: PreTrainedConfig) -> dict[str, float]:
+    names = [name for name in config.to_dict() if "dropout" in name or "pdrop" in name or name == "layerdrop"]
+    before = {name: getattr(config, name) for name in names if isinstance(getattr(config, name, None), float)}
+    for name in before:
+        setattr(config, name, 0.0)
+    return before
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars and no report on keys: every rank would print them, and missing keys are judged by the caller."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,63 @@
+"""A backbone with a linear head to one number: the critic (a value per token), the reward model (a score per response).
+
+Both are transformers' `AutoModelForSequenceClassification` with one label, so what is exported loads with plain
+`from_pretrained`, and a critic can start from a reward model's weights.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from engine.models.language_model import hidden_states
+from engine.models.loading import load_pretrained
+
+
+class ScalarHeadModel(nn.Module):
+    """Critic and reward model."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """(N,) fp32: the head's number at each asked position.
+
+        Args:
+            input_ids: (B, S), right-padded.
+            positions: (N,) indices into the B * S states.
+        """
+        return self.model.score(hidden_states(self.model, input_ids)[positions]).squeeze(-1).float()
+
+
+def load_critic(model_name_or_path: str, *, dtype: torch.dtype, pad_token_id: int, seed: int) -> ScalarHeadModel:
+    """A critic from a reward model, or from a language model with a fresh head drawn from `seed`."""
+    return _load(model_name_or_path, dtype=dtype, pad_token_id=pad_token_id, seed=seed)
+
+
+def load_reward_model(model_name_or_path: str, *, dtype: torch.dtype, pad_token_id: int) -> ScalarHeadModel:
+    """A trained reward model.
+
+    Raises:
+        ValueError: the folder has no trained score head.
+    """
+    scalar = _load(model_name_or_path, dtype=dtype, pad_token_id=pad_token_id, seed=0)
+    if scalar.model.missing_from_checkpoint:
+        raise ValueError(
+            f"{model_name_or_path} is not a reward model: its checkpoint lacks "
+            f"{', '.join(scalar.model.missing_from_checkpoint)}, so its scores would be random."
+        )
+    return scalar
+
+
+def _load(model_name_or_path: str, *, dtype: torch.dtype, pad_token_id: int, seed: int) -> ScalarHeadModel:
+    torch.manual_seed(seed)  # for the head, when the checkpoint has none
+    model = load_pretrained(AutoModelForSequenceClassification, model_name_or_path, dtype=dtype, num_labels=1)
+    if not isinstance(getattr(model, "score", None), nn.Linear) or model.score.out_features != 1:
+        raise ValueError(
+            f"{model_name_or_path}: {type(model).__name__} has no linear `score` head with one output. "
+            f"Decoder models with a sequence-classification class (Llama, Qwen, GPT-2, OPT, ...) have one."
+        )
+    if extra := [key for key in model.missing_from_checkpoint if not key.startswith("score.")]:
+        raise ValueError(f"{model_name_or_path}: the checkpoint lacks {', '.join(extra[:3])}.")
+    model.config.pad_token_id = pad_token_id
+    return ScalarHeadModel(model)

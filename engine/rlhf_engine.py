@@ -1,0 +1,112 @@
+"""The four models of RLHF, each under its own ZeRO strategy."""
+
+from functools import partial
+from typing import Literal
+
+import torch
+from deepspeed import DeepSpeedEngine
+from transformers import PreTrainedTokenizerBase
+
+from engine.config import PPOConfig, TrainedRoleConfig, resolved_dtype
+from engine.distributed import comm
+from engine.distributed.initialize import frozen_engine, trained_engine
+from engine.models.language_model import load_language_model
+from engine.models.loading import load_tokenizer
+from engine.models.scalar_head import load_critic, load_reward_model
+
+
+class DeepSpeedRLHFEngine:
+    """Builds and owns actor, ref, critic and reward.
+
+    Attributes:
+        actor, critic: trained engines.
+        ref: frozen; the actor's starting point unless the config names another.
+        reward: frozen; None when scores come from a function.
+        tokenizer: the actor's.
+        dtype: of all weights.
+    """
+
+    actor: DeepSpeedEngine
+    ref: DeepSpeedEngine
+    critic: DeepSpeedEngine
+    reward: DeepSpeedEngine | None
+
+    def __init__(
+        self,
+        actor_model_name_or_path: str,
+        critic_model_name_or_path: str,
+        tokenizer: PreTrainedTokenizerBase,
+        num_total_iters: int,
+        args: PPOConfig,
+    ):
+        """A collective: all ranks build the same models in the same order.
+
+        Args:
+            actor_model_name_or_path: a causal language model.
+            critic_model_name_or_path: a reward model, or a language model that gets a fresh scalar head.
+            num_total_iters: PPO iterations of the run; the learning-rate schedules end with them.
+
+        Raises:
+            ValueError: a model that is not there or not of its kind, or whose vocabulary is not the actor's.
+        """
+        self.args, self.tokenizer = args, tokenizer
+        self.dtype = resolved_dtype(args.dtype, on_gpu=comm.device().type == "cuda")
+        self.total_steps = num_total_iters * args.steps_per_iteration
+        torch_dtype = getattr(torch, self.dtype)
+        scalar = dict(dtype=torch_dtype, pad_token_id=tokenizer.pad_token_id)
+
+        self._check_vocabulary("critic", critic_model_name_or_path)
+        self.actor = self._trained(
+            "actor", args.actor, partial(load_language_model, actor_model_name_or_path, dtype=torch_dtype)
+        )
+        self.ref = self._frozen(
+            "ref",
+            partial(load_language_model, args.ref.model_name_or_path or actor_model_name_or_path, dtype=torch_dtype),
+        )
+        self.critic = self._trained(
+            "critic", args.critic, partial(load_critic, critic_model_name_or_path, seed=args.seed, **scalar)
+        )
+        self.reward = None
+        if args.reward.model_name_or_path is not None:
+            self._check_vocabulary("reward", args.reward.model_name_or_path)
+            self.reward = self._frozen("reward", partial(load_reward_model, args.reward.model_name_or_path, **scalar))
+        self._check_embeddings()
+
+    def _trained(self, role: Literal["actor", "critic"], config: TrainedRoleConfig, build) -> DeepSpeedEngine:
+        return trained_engine(
+            build,
+            ds_config=self.args.ds_config_of(role),
+            dtype=self.dtype,
+            learning_rate=config.learning_rate,
+            lr_scheduler=config.lr_scheduler,
+            warmup_steps=config.warmup_steps,
+            total_steps=self.total_steps,
+            weight_decay=config.weight_decay,
+            betas=(config.adam_beta1, config.adam_beta2),
+            max_grad_norm=config.max_grad_norm,
+            gradient_checkpointing=config.gradient_checkpointing,
+        )
+
+    def _frozen(self, role: Literal["ref", "reward"], build) -> DeepSpeedEngine:
+        return frozen_engine(build, ds_config=self.args.ds_config_of(role), dtype=self.dtype)
+
+    def _check_vocabulary(self, role: str, model_name_or_path: str) -> None:
+        """Critic and reward model read the actor's token ids: another vocabulary would be read as other text."""
+        theirs, ours = load_tokenizer(model_name_or_path).get_vocab(), self.tokenizer.get_vocab()
+        if theirs != ours:
+            different = sorted(token for token in theirs.keys() | ours.keys() if theirs.get(token) != ours.get(token))
+            raise ValueError(
+                f"The {role}'s vocabulary ({model_name_or_path}, {len(theirs)} entries) is not the actor's "
+                f"({len(ours)} entries): {len(different)} tokens differ, {different[0]!r} among them. "
+                f"Use a {role} trained with the actor's tokenizer."
+            )
+
+    def _check_embeddings(self) -> None:
+        vocabulary = len(self.tokenizer)
+        for role in ("actor", "ref", "critic", "reward"):
+            engine = getattr(self, role)
+            if engine is not None and engine.module.model.config.get_text_config().vocab_size < vocabulary:
+                raise ValueError(
+                    f"The {role} embeds {engine.module.model.config.get_text_config().vocab_size} tokens and the "
+                    f"tokenizer has {vocabulary}: some ids would be out of range."
+                )

@@ -1,0 +1,1 @@
+"""Acting: prompts -> responses -> scores -> experience."""

@@ -1,0 +1,128 @@
+"""What one rollout leaves behind for PPO to train on."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from engine.algorithms.advantages import gae, monte_carlo, temporal_difference
+from engine.algorithms.masking import response_mask, whiten
+from engine.algorithms.rewards import kl_shaped_rewards
+from engine.rollout.measuring import Measurements
+from engine.rollout.sequences import PaddedRows, Sequences, ragged_index
+
+PER_TOKEN = ("logprobs", "ref_logprobs", "kl", "entropy", "values", "rewards", "advantages", "returns")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experience:
+    """The responses of one iteration, of all ranks, the same on every rank; computed once and never modified.
+
+    B responses with N tokens in all. Per-token tensors are flat, row after row, aligned with the response: an element
+    belongs to response token y_t of its row, and its value is V(prompt, y_<t), the state *before* y_t is emitted.
+    `padded` shows one as (B, R).
+    """
+
+    sequences: Sequences
+    scores: Tensor  # (B,) of whole responses
+    logprobs: Tensor  # (N,) under the actor that sampled
+    ref_logprobs: Tensor  # (N,) under the ref
+    kl: Tensor  # (N,) estimate of KL(actor || ref)
+    entropy: Tensor  # (N,) of the distribution y_t was drawn from
+    values: Tensor  # (N,) under the critic of the same moment
+    rewards: Tensor  # (N,) KL penalty, plus the score at the last token
+    advantages: Tensor  # (N,) whitened over the whole iteration
+    returns: Tensor  # (N,) regression targets of the critic
+
+    def __post_init__(self):
+        for name in PER_TOKEN:
+            if (shape := getattr(self, name).shape) != (self.sequences.num_response_tokens,):
+                raise ValueError(
+                    f"Experience.{name} has shape {tuple(shape)}; the responses have "
+                    f"{self.sequences.num_response_tokens} tokens. Was it sliced to the response?"
+                )
+        if self.scores.shape != (len(self),):
+            raise ValueError(
+                f"Experience.scores has shape {tuple(self.scores.shape)}; there are {len(self)} responses."
+            )
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, rows: Tensor) -> "Experience":
+        tokens = ragged_index(self.sequences.response_lengths, rows)
+        picked = {name: getattr(self, name)[tokens] for name in PER_TOKEN}
+        return Experience(sequences=self.sequences[rows], scores=self.scores[rows], **picked)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every number is. The same answer on every rank, since every rank holds the same experience."""
+        return not self.not_finite
+
+    @property
+    def not_finite(self) -> str:
+        """Which tensors hold NaN or inf, and in how many places; empty when none does."""
+        names = [f.name for f in fields(self) if f.name != "sequences"]
+        broken = {name: int((~getattr(self, name).isfinite()).sum()) for name in names}
+        said = ", ".join(f"{number} of {name}" for name, number in broken.items() if number)
+        return said and f"not finite: {said}"
+
+    def of(self, batch: PaddedRows, name: str) -> Tensor:
+        """(n,) one of the per-token tensors at a micro-batch's response tokens, on the micro-batch's device."""
+        return getattr(self, name)[batch.response_tokens].to(batch.positions.device)
+
+    def padded(self, name: str) -> Tensor:
+        """A per-token tensor as (B, R), zero on padding."""
+        return padded(getattr(self, name), self.sequences.response_lengths)
+
+    def minibatches(self, minibatch_size: int, rng: torch.Generator) -> Iterator["Experience"]:
+        """Every response exactly once, in a fresh random order."""
+        for rows in torch.randperm(len(self), generator=rng).split(minibatch_size):
+            yield self[rows]
+
+
+def shaped_experience(
+    sequences: Sequences,
+    scores: Tensor,
+    measured: Measurements,
+    *,
+    kl_coef: float,
+    gamma: float,
+    lam: float,
+    value_label: Literal["gae", "monte_carlo", "temporal_difference"],
+) -> Experience:
+    """Rewards, advantages and returns from what was measured.
+
+    Advantages are those of GAE, whitened over all responses together; `value_label` picks the critic's targets.
+
+    Args:
+        scores: (B,) one per response.
+    """
+    lengths = sequences.response_lengths
+    width = int(lengths.max())
+    mask = response_mask(lengths, width)
+    kl, values = padded(measured.kl, lengths), padded(measured.values, lengths)
+    rewards = kl_shaped_rewards(scores, kl, mask, kl_coef=kl_coef)
+    advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=lam)
+    if value_label == "monte_carlo":
+        returns = monte_carlo(rewards, mask, gamma=gamma)
+    elif value_label == "temporal_difference":
+        returns = temporal_difference(rewards, values, mask, gamma=gamma)
+    return Experience(
+        sequences=sequences,
+        scores=scores,
+        **{f.name: getattr(measured, f.name) for f in fields(measured)},
+        rewards=rewards[mask],
+        advantages=whiten(advantages, mask)[mask],
+        returns=returns[mask],
+    )
+
+
+def padded(flat: Tensor, lengths: Tensor) -> Tensor:
+    """(N,) of rows of these lengths -> (B, R), zero on padding."""
+    mask = response_mask(lengths, int(lengths.max()))
+    rows = torch.zeros(mask.shape, dtype=flat.dtype)
+    rows[mask] = flat
+    return rows

@@ -1,0 +1,44 @@
+"""A key-value cache that is allocated once per micro-batch, where transformers' own copies everything for every token."""
+
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+
+class PreallocatedLayer(DynamicLayer):
+    """One layer's keys and values, (rows, heads, capacity, head_dim), of which the first `length` columns are filled."""
+
+    def __init__(self, capacity: int):
+        super().__init__()
+        self.capacity, self.length = capacity, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        rows, heads, _, key_width = key_states.shape
+        self.keys = key_states.new_empty(rows, heads, self.capacity, key_width)
+        self.values = value_states.new_empty(rows, heads, self.capacity, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Store the new columns; the filled part is returned as views."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        end = self.length + key_states.shape[-2]
+        self.keys[:, :, self.length : end] = key_states
+        self.values[:, :, self.length : end] = value_states
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        self.keys, self.values = self.keys.index_select(0, indices), self.values.index_select(0, indices)
+
+
+def preallocated_cache(config: PreTrainedConfig, capacity: int) -> DynamicCache:
+    """A cache for sequences of up to `capacity` tokens. Layers that are not plain full attention keep their own kind."""
+    cache = DynamicCache(config=config)
+    cache.layers = [PreallocatedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache

@@ -1,0 +1,96 @@
+"""What actor, ref, critic and reward model say about given responses: one forward pass each, no gradients.
+
+Every rank measures the rows that the plan deals it; adding the ranks' zero-filled results puts them together. NaN on
+one rank is thereby NaN on all.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from deepspeed import DeepSpeedEngine
+from torch import Tensor
+
+from engine.algorithms.kl import sampled_kl
+from engine.algorithms.logprobs import chunked_full_kl
+from engine.distributed import comm
+from engine.distributed.gather import gathered
+from engine.rollout.sequences import PaddedRows, Sequences, plan_micro_batches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurements:
+    """(N,) fp32 on the CPU each: one number per response token, the same on every rank. As in `Experience`."""
+
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    kl: Tensor
+    entropy: Tensor
+    values: Tensor
+
+
+def my_micro_batches(sequences: Sequences, *, token_budget: int) -> Iterator[PaddedRows]:
+    """This rank's share of the rows, in as many micro-batches as every other rank's."""
+    plan = plan_micro_batches(sequences.lengths, token_budget=token_budget, num_ranks=comm.world_size())
+    for rows in plan[comm.rank()]:
+        yield sequences.padded(rows, comm.device())
+
+
+@torch.no_grad()
+def measure(
+    sequences: Sequences,
+    *,
+    actor: DeepSpeedEngine,
+    ref: DeepSpeedEngine,
+    critic: DeepSpeedEngine,
+    kl_estimator: str,
+    temperature: float,
+    chunk_tokens: int,
+    token_budget: int,
+) -> Measurements:
+    """Log-probs, KL and values of all responses. A collective."""
+    for engine in (actor, ref, critic):
+        engine.eval()
+    names = ("logprobs", "ref_logprobs", "kl", "entropy", "values")
+    mine = {name: torch.zeros(sequences.num_response_tokens, device=comm.device()) for name in names}
+    given = dict(temperature=temperature, chunk_tokens=chunk_tokens)
+    for batch in my_micro_batches(sequences, token_budget=token_budget):
+        at = batch.response_tokens
+        ours = actor(batch.input_ids, batch.positions, batch.targets, **given)
+        theirs = ref(batch.input_ids, batch.positions, batch.targets, **given)
+        mine["logprobs"][at], mine["ref_logprobs"][at], mine["entropy"][at] = (
+            ours.logprobs,
+            theirs.logprobs,
+            ours.entropy,
+        )
+        if kl_estimator == "full":
+            mine["kl"][at] = _full_kl(actor, ref, ours.hidden, theirs.hidden, given)
+        else:
+            mine["kl"][at] = sampled_kl(ours.logprobs, theirs.logprobs, estimator=kl_estimator)
+        mine["values"][at] = critic(batch.input_ids, batch.positions)
+    together = comm.sum_over_ranks(torch.stack([mine[name] for name in names])).cpu()
+    return Measurements(**dict(zip(names, together, strict=True)))
+
+
+@torch.no_grad()
+def reward_model_scores(sequences: Sequences, reward: DeepSpeedEngine, *, token_budget: int) -> Tensor:
+    """(B,) fp32 on the CPU: the reward model's number at the last real token of each row. A collective."""
+    scores = torch.zeros(len(sequences), device=comm.device())
+    for batch in my_micro_batches(sequences, token_budget=token_budget):
+        scores[batch.rows] = reward(batch.input_ids, batch.last_positions)
+    return comm.sum_over_ranks(scores).cpu()
+
+
+def sequences_of_all_ranks(mine: Sequences) -> Sequences:
+    """The ranks' rows, rank 0's first. A collective."""
+    device = comm.device()
+    lengths = torch.stack([mine.prompt_lengths, mine.response_lengths], dim=1).to(device)
+    prompt_lengths, response_lengths = comm.concatenated(lengths).cpu().unbind(1)
+    tokens = comm.concatenated(mine.tokens.to(device)).cpu()
+    return Sequences(tokens=tokens, prompt_lengths=prompt_lengths, response_lengths=response_lengths)
+
+
+def _full_kl(actor: DeepSpeedEngine, ref: DeepSpeedEngine, hidden: Tensor, ref_hidden: Tensor, given: dict) -> Tensor:
+    head, ref_head = actor.module.head, ref.module.head
+    with gathered([*head.parameters(), *ref_head.parameters()]):
+        return chunked_full_kl(hidden, head.weight, head.bias, ref_hidden, ref_head.weight, ref_head.bias, **given)

@@ -1,0 +1,140 @@
+"""Metrics and samples of a run, from global rank 0: a progress line, `metrics.jsonl`, `samples.jsonl` and W&B.
+
+The names every PPO iteration reports:
+
+    score/mean score/std                       of whole responses
+    reward/kl_penalty kl/ref_mean kl/coef      the penalty and the KL to the ref per response, and the coefficient
+    loss/policy loss/value                     means over the response tokens of all ranks
+    policy/clip_fraction policy/approx_kl policy/ratio_max policy/first_log_ratio_max policy/entropy
+    value/explained_variance value/clip_fraction
+    response/length_mean response/eos_fraction
+    grad_norm/actor grad_norm/critic lr/actor lr/critic
+    skipped/steps                              since the run started
+    time/generate_s time/score_s time/train_s speed/response_tokens_per_s memory/peak_gib
+"""
+
+import json
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import yaml
+from tqdm import tqdm
+
+from engine.config import TrackingConfig
+
+
+class Tracker:
+    """Writes what a run reports. On all ranks but the main one every method does nothing.
+
+    A logger that fails never stops training: W&B is then given up with a warning; the files go on.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        config: TrackingConfig,
+        *,
+        run_config: dict[str, Any],
+        num_iterations: int,
+        is_main: bool,
+    ):
+        """
+        Raises:
+            ValueError: `output_dir` cannot be written to.
+        """
+        self.is_main = is_main
+        if not is_main:
+            return
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            _set_aside(output_dir / "metrics.jsonl")
+            _set_aside(output_dir / "samples.jsonl")
+            (output_dir / "config.yaml").write_text(yaml.safe_dump(run_config, sort_keys=False))
+            self.metrics_file = open(output_dir / "metrics.jsonl", "w")  # noqa: SIM115 - closed by __exit__
+            self.samples_file = open(output_dir / "samples.jsonl", "w")  # noqa: SIM115 - closed by __exit__
+        except OSError as error:
+            raise ValueError(f"output_dir={output_dir} cannot be written to: {error}") from error
+        self.bar = tqdm(total=num_iterations, unit="iteration", disable=not sys.stderr.isatty())
+        self.wandb = _wandb_run(output_dir, config, run_config)
+
+    def log(self, iteration: int, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
+        """One iteration: its metrics and a few of its responses."""
+        if not self.is_main:
+            return
+        _write_line(self.metrics_file, {"iteration": iteration, **metrics})
+        for sample in samples:
+            _write_line(self.samples_file, sample)
+        self.bar.update()
+        summary = {name: metrics[name] for name in ("score/mean", "kl/ref_mean", "response/length_mean")}
+        said = "  ".join(f"{name} {value:.4g}" for name, value in summary.items())
+        self.bar.set_postfix_str(said)
+        if self.bar.disable:
+            seconds = sum(value for name, value in metrics.items() if name.startswith("time/"))
+            print(f"iteration {iteration}/{self.bar.total}  {said}  {seconds:.2f} s", flush=True)
+        self._to_wandb(iteration, metrics, samples)
+
+    def _to_wandb(self, iteration: int, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
+        if self.wandb is None:
+            return
+        import wandb
+
+        try:
+            table = (
+                wandb.Table(columns=list(samples[0]), data=[list(row.values()) for row in samples]) if samples else None
+            )
+            self.wandb.log({"iteration": iteration, **metrics, **({"samples": table} if table is not None else {})})
+        except Exception as error:  # the network, the disk, the service: none may end the run
+            print(f"W&B failed ({type(error).__name__}: {error}); going on without it.", flush=True)
+            self.wandb = None
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self.is_main:
+            return
+        self.bar.close()
+        self.metrics_file.close()
+        self.samples_file.close()
+        if self.wandb is not None:
+            try:
+                self.wandb.finish(exit_code=0 if error is None else 1)
+            except Exception as failure:  # as in _to_wandb
+                print(f"W&B did not close its run ({type(failure).__name__}: {failure}).", flush=True)
+
+
+def _write_line(file, row: dict[str, Any]) -> None:
+    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    file.flush()
+
+
+def _set_aside(path: Path) -> None:
+    if path.exists():
+        print(f"{path} is from an earlier run: kept as {path.stem}.previous{path.suffix}.", flush=True)
+        path.replace(path.with_name(f"{path.stem}.previous{path.suffix}"))
+
+
+def _wandb_run(output_dir: Path, config: TrackingConfig, run_config: dict[str, Any]):
+    if config.wandb == "disabled":
+        return None
+    import wandb
+
+    try:
+        run = wandb.init(
+            project=config.project,
+            name=config.run_name,
+            dir=str(output_dir),
+            config=run_config,
+            mode=config.wandb,
+            settings=wandb.Settings(silent=True),
+        )
+        run.define_metric("iteration")
+        run.define_metric("*", step_metric="iteration")
+        return run
+    except Exception as error:  # as in _to_wandb
+        print(f"W&B did not start ({type(error).__name__}: {error}); going on without it.", flush=True)
+        return None

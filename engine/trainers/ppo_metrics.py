@@ -1,0 +1,106 @@
+"""What an iteration is judged by: means over the responses or tokens of all ranks, or their extremes."""
+
+import torch
+from torch import Tensor
+
+from engine.algorithms.losses import policy_statistics, value_clipped
+from engine.distributed import comm
+from engine.rollout.experience import Experience
+
+
+class StepStatistics:
+    """One optimizer step, added up over this rank's micro-batches and then over ranks.
+
+    Args:
+        count: response tokens of the whole step, all ranks; what is summed here is divided by it.
+    """
+
+    def __init__(self, count: int, *, clip_range: float, value_clip_range: float):
+        self.count, self.clip_range, self.value_clip_range = count, clip_range, value_clip_range
+        self.policy_loss = self.value_loss = 0.0  # each micro-batch's is divided by count already
+        self.clipped = self.approx_kl = self.value_clipped = 0.0
+        self.log_ratio_max = 0.0
+
+    @property
+    def losses_are_finite(self) -> bool:
+        """Whether this rank's are."""
+        return bool(torch.tensor([self.policy_loss, self.value_loss]).isfinite().all())
+
+    @torch.no_grad()
+    def add_policy(self, loss: Tensor, new_logprobs: Tensor, logprobs: Tensor, advantages: Tensor, mask: Tensor):
+        """A micro-batch of the actor; shapes as for `clipped_policy_loss`."""
+        seen = policy_statistics(new_logprobs, logprobs, advantages, mask, clip_range=self.clip_range)
+        self.policy_loss += loss.item()
+        self.clipped += seen["clipped"].item()
+        self.approx_kl += seen["approx_kl"].item()
+        log_ratios = (new_logprobs - logprobs)[mask]
+        if len(log_ratios):
+            self.log_ratio_max = max(self.log_ratio_max, log_ratios.abs().max().item())
+
+    @torch.no_grad()
+    def add_value(self, loss: Tensor, new_values: Tensor, values: Tensor, returns: Tensor, mask: Tensor):
+        """A micro-batch of the critic; shapes as for `clipped_value_loss`."""
+        self.value_loss += loss.item()
+        clip = dict(value_clip_range=self.value_clip_range)
+        self.value_clipped += value_clipped(new_values, values, returns, mask, **clip).item()
+
+    def over_ranks(self) -> dict[str, float]:
+        """The step's metrics. A collective."""
+        sums = [self.policy_loss, self.value_loss, self.clipped, self.approx_kl, self.value_clipped]
+        totals = comm.sum_over_ranks(torch.tensor(sums, dtype=torch.float64, device=comm.device())).tolist()
+        policy_loss, value_loss, clipped, approx_kl, values_clipped = totals
+        return {
+            "tokens": self.count,
+            "loss/policy": policy_loss,
+            "loss/value": value_loss,
+            "policy/clip_fraction": clipped / self.count,
+            "policy/approx_kl": approx_kl / self.count,
+            "policy/log_ratio_max": comm.max_over_ranks(self.log_ratio_max),
+            "value/clip_fraction": values_clipped / self.count,
+        }
+
+
+def step_metrics(steps: list[dict[str, float]]) -> dict[str, float]:
+    """An iteration's optimizer steps: means over tokens; `policy/ratio_max` and `policy/first_log_ratio_max` are the
+    largest ratio of all steps and the largest |log ratio| of the first, which is 0 but for rounding.
+    """
+    if not steps:
+        return {}
+    tokens = sum(step["tokens"] for step in steps)
+    extremes = ("tokens", "policy/log_ratio_max")
+    means = {
+        name: sum(step[name] * step["tokens"] for step in steps) / tokens for name in steps[0] if name not in extremes
+    }
+    return means | {
+        "policy/ratio_max": torch.tensor(max(step["policy/log_ratio_max"] for step in steps)).exp().item(),
+        "policy/first_log_ratio_max": steps[0]["policy/log_ratio_max"],
+    }
+
+
+def experience_metrics(experience: Experience, *, eos_token_ids: list[int], kl_coef: float) -> dict[str, float]:
+    """What was rolled out, the same on every rank.
+
+    `kl/ref_mean` and `reward/kl_penalty` are sums over a response's tokens, averaged over responses.
+    """
+    sequences = experience.sequences
+    lengths, scores = sequences.response_lengths, experience.scores
+    last_tokens = sequences.tokens[sequences.lengths.cumsum(0) - 1]
+    ended = torch.isin(last_tokens, torch.tensor(eos_token_ids, dtype=torch.int64)) & (lengths > 0)
+    kl_per_response = experience.kl.sum().item() / len(experience)
+    return {
+        "score/mean": scores.mean().item(),
+        "score/std": scores.std(correction=0).item(),
+        "reward/kl_penalty": -kl_coef * kl_per_response,
+        "kl/ref_mean": kl_per_response,
+        "kl/coef": kl_coef,
+        "policy/entropy": experience.entropy.mean().item() if len(experience.entropy) else 0.0,
+        "value/explained_variance": explained_variance(experience.values, experience.returns),
+        "response/length_mean": lengths.float().mean().item(),
+        "response/eos_fraction": ended.float().mean().item(),
+    }
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns): 1 for a perfect critic, 0 for a constant one. 0 for constant returns."""
+    variance = returns.var(correction=0) if len(returns) else torch.tensor(0.0)
+    return 1 - ((returns - values).var(correction=0) / variance).item() if variance > 0 else 0.0

@@ -1,0 +1,277 @@
+"""PPO for language models: generate, score, shape rewards, estimate advantages, take clipped steps.
+
+Schulman et al. 2017, https://arxiv.org/abs/1707.06347; for language models Ziegler et al. 2019,
+https://arxiv.org/abs/1909.08593, and Ouyang et al. 2022, https://arxiv.org/abs/2203.02155.
+
+What one iteration leaves behind (`Experience`) is the same on every rank: each rank generates and scores a part, and
+the parts are put together. All that follows (whitening, minibatches, metrics, the verdict on what is not finite) is
+computed from the same numbers everywhere and needs no further agreement.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.algorithms.kl import schulman_kl_coef, ziegler_kl_coef
+from engine.algorithms.losses import clipped_policy_loss, clipped_value_loss
+from engine.config import PPOConfig
+from engine.data import PromptBatch
+from engine.distributed import comm
+from engine.distributed.gather import gathered_for_generation, sharded_for_generation
+from engine.distributed.optimization import accumulate, step_together
+from engine.rlhf_engine import DeepSpeedRLHFEngine
+from engine.rollout.experience import Experience, shaped_experience
+from engine.rollout.generation import Sampling, eos_token_ids_of, generate_responses, noise_of_rows
+from engine.rollout.measuring import measure, my_micro_batches, reward_model_scores, sequences_of_all_ranks
+from engine.rollout.scoring import load_score_function, scores_of_function
+from engine.rollout.sequences import Sequences
+from engine.tracking import Tracker
+from engine.trainers.ppo_metrics import StepStatistics, experience_metrics, step_metrics
+
+
+@dataclass
+class Progress:
+    """Where a run stands: all that changes from iteration to iteration besides the models."""
+
+    iteration: int = 0
+    kl_coef: float = 0.0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+
+
+class DeepSpeedPPOTrainer:
+    """Alternates `generate_experience` and `train_rlhf` on the models of a `DeepSpeedRLHFEngine`."""
+
+    def __init__(self, rlhf_engine: DeepSpeedRLHFEngine, args: PPOConfig):
+        self.config, self.tokenizer = args, rlhf_engine.tokenizer
+        self.actor, self.ref = rlhf_engine.actor, rlhf_engine.ref
+        self.critic, self.reward = rlhf_engine.critic, rlhf_engine.reward
+        with comm.same_error_everywhere():
+            self.score_function = load_score_function(args.reward.function) if args.reward.function else None
+        self.sampling = Sampling(
+            max_response_tokens=args.rollout.max_response_tokens,
+            min_response_tokens=args.rollout.min_response_tokens,
+            temperature=args.rollout.temperature,
+            top_p=args.rollout.top_p,
+            top_k=args.rollout.top_k,
+        )
+        self.eos_token_ids = eos_token_ids_of(self.actor.module.model, self.tokenizer)
+        self.progress = Progress(kl_coef=args.kl_coef)
+        self.seconds: dict[str, float] = {}
+        self.steps: list[dict[str, float]] = []
+        self.samples: list[dict[str, Any]] = []
+
+    def train(self, prompts: Iterable[PromptBatch], num_iterations: int, tracker: Tracker) -> None:
+        """The whole run; `prompts` is gone through as often as that takes."""
+        batches = _endlessly(prompts)
+        while self.progress.iteration < num_iterations:
+            experience = self.generate_experience(next(batches))
+            self.train_on(experience)
+            self.progress.iteration += 1
+            tracker.log(self.progress.iteration, self.metrics(experience), self.samples)
+            self.progress.kl_coef = self.next_kl_coef(experience)
+
+    def generate_experience(self, prompts: PromptBatch) -> Experience:
+        """Responses to this rank's prompts, and all that PPO needs to train on those of all ranks.
+
+        Eval mode, no gradients. A collective; ranks may hold different numbers of prompts, or none.
+
+        Raises:
+            ValueError: on every rank, when a score function fails on any.
+        """
+        prompts = prompts.repeated(self.config.rollout.samples_per_prompt)
+        with self._timed("generate"):
+            responses = self.generate(prompts)
+            sequences = sequences_of_all_ranks(Sequences.of(prompts.tokens, responses))
+        with self._timed("score"):
+            measured = measure(
+                sequences,
+                actor=self.actor,
+                ref=self.ref,
+                critic=self.critic,
+                kl_estimator=self.config.kl_estimator,
+                temperature=self.config.rollout.temperature,
+                chunk_tokens=self.config.logits_chunk_tokens,
+                token_budget=self.config.micro_batch_tokens,
+            )
+            scores = self.scores(prompts, responses, sequences)
+            experience = shaped_experience(
+                sequences,
+                scores,
+                measured,
+                kl_coef=self.progress.kl_coef,
+                gamma=self.config.gamma,
+                lam=self.config.lam,
+                value_label=self.config.value_label,
+            )
+        self.samples = self._sample_rows(prompts, responses, experience)
+        return experience
+
+    def generate(self, prompts: PromptBatch) -> list[list[int]]:
+        """One response (token ids) to each of this rank's prompts. A collective under ZeRO-3."""
+        config = self.config.rollout
+        sharded = config.weights == "sharded"
+        keys = [
+            (self.config.seed, self.progress.iteration, prompt_id, row % config.samples_per_prompt)
+            for row, prompt_id in enumerate(prompts.ids)
+        ]
+        with sharded_for_generation(self.actor) if sharded else gathered_for_generation(self.actor) as whole:
+            return generate_responses(
+                whole.model,
+                prompts.tokens,
+                noise_of_rows(keys, config.max_response_tokens),
+                sampling=self.sampling,
+                eos_token_ids=self.eos_token_ids,
+                micro_batch_size=self.config.rollout_micro_batch_size,
+                any_rank_active=comm.any_true if sharded else None,
+            )
+
+    def scores(self, prompts: PromptBatch, responses: list[list[int]], sequences: Sequences) -> Tensor:
+        """(B,) of the responses of all ranks, from the reward model or the score function. A collective."""
+        if self.score_function is None:
+            return reward_model_scores(sequences, self.reward, token_budget=self.config.micro_batch_tokens)
+        with comm.same_error_everywhere():
+            mine = scores_of_function(self.score_function, prompts.texts, self._texts(responses), prompts.columns)
+        return comm.concatenated(mine.to(comm.device())).cpu()
+
+    def train_on(self, experience: Experience) -> None:
+        """All epochs over one iteration's responses, in minibatches drawn from all ranks' responses together."""
+        self.steps = []
+        rng = torch.Generator().manual_seed(self.config.seed + 1_000_003 * self.progress.iteration)
+        with self._timed("train"):
+            for _ in range(self.config.ppo_epochs):
+                for minibatch in experience.minibatches(self.config.minibatch_size, rng):
+                    self.train_rlhf(minibatch)
+
+    def train_rlhf(self, experience: Experience) -> tuple[float, float]:
+        """One optimizer step of the actor and one of the critic on these responses: on all ranks, or on none.
+
+        A collective: every rank passes the same experience and works on its share. Losses are means over all response
+        tokens of the experience, however these are cut into micro-batches and ranks.
+
+        Returns:
+            (actor_loss, critic_loss), means over the whole experience; NaN when the step was skipped because
+            something was not finite.
+
+        Raises:
+            RuntimeError: `max_skipped_steps` steps in a row were skipped.
+        """
+        count = experience.sequences.num_response_tokens
+        if count == 0 or not experience.is_finite:
+            return self._skip("no response tokens" if count == 0 else experience.not_finite)
+        step = StepStatistics(count, clip_range=self.config.clip_range, value_clip_range=self.config.value_clip_range)
+        self._backward_actor(experience, step)
+        self._backward_critic(experience, step)
+        norms = step_together([self.actor, self.critic], healthy=step.losses_are_finite)
+        if norms is None:
+            return self._skip("a loss or a gradient that is not finite")
+        self.progress.skipped_in_a_row = 0
+        metrics = step.over_ranks() | dict(zip(("grad_norm/actor", "grad_norm/critic"), norms, strict=True))
+        self.steps.append(metrics)
+        return metrics["loss/policy"], metrics["loss/value"]
+
+    def metrics(self, experience: Experience) -> dict[str, float]:
+        """The iteration's, under the names of `engine.tracking`. A collective."""
+        response_tokens = experience.sequences.num_response_tokens
+        return {
+            **experience_metrics(experience, eos_token_ids=self.eos_token_ids, kl_coef=self.progress.kl_coef),
+            **step_metrics(self.steps),
+            "lr/actor": self.actor.get_lr()[0],
+            "lr/critic": self.critic.get_lr()[0],
+            "skipped/steps": self.progress.skipped_steps,
+            **{f"time/{phase}_s": seconds for phase, seconds in self.seconds.items()},
+            "speed/response_tokens_per_s": response_tokens / sum(self.seconds.values()),
+            "memory/peak_gib": comm.max_over_ranks(comm.peak_memory_gib()),
+        }
+
+    def next_kl_coef(self, experience: Experience) -> float:
+        """The KL coefficient after an iteration with this KL per response."""
+        config, coef, kl = self.config, self.progress.kl_coef, experience.kl.sum().item() / len(experience)
+        if config.kl_controller == "fixed" or not experience.is_finite:
+            return coef
+        if config.kl_controller == "schulman":
+            return schulman_kl_coef(coef, kl, target=config.kl_target)
+        return ziegler_kl_coef(
+            coef, kl, target=config.kl_target, horizon=config.kl_horizon, num_responses=len(experience)
+        )
+
+    def _backward_actor(self, experience: Experience, step: StepStatistics) -> None:
+        self.actor.train()
+        for batch, last in _marking_last(my_micro_batches(experience.sequences, token_budget=self._token_budget)):
+            new = self.actor(
+                batch.input_ids,
+                batch.positions,
+                batch.targets,
+                temperature=self.config.rollout.temperature,
+                chunk_tokens=self.config.logits_chunk_tokens,
+            )
+            logprobs, advantages = experience.of(batch, "logprobs"), experience.of(batch, "advantages")
+            given = (new.logprobs, logprobs, advantages, torch.ones_like(logprobs, dtype=torch.bool))
+            loss = clipped_policy_loss(*given, clip_range=self.config.clip_range, count=step.count)
+            step.add_policy(loss, *given)
+            accumulate(self.actor, loss, last=last)
+
+    def _backward_critic(self, experience: Experience, step: StepStatistics) -> None:
+        self.critic.train()
+        for batch, last in _marking_last(my_micro_batches(experience.sequences, token_budget=self._token_budget)):
+            new_values = self.critic(batch.input_ids, batch.positions)
+            values, returns = experience.of(batch, "values"), experience.of(batch, "returns")
+            given = (new_values, values, returns, torch.ones_like(values, dtype=torch.bool))
+            loss = clipped_value_loss(*given, value_clip_range=self.config.value_clip_range, count=step.count)
+            step.add_value(loss, *given)
+            accumulate(self.critic, loss, last=last)
+
+    def _skip(self, cause: str) -> tuple[float, float]:
+        self.progress.skipped_steps += 1
+        self.progress.skipped_in_a_row += 1
+        said = f"iteration {self.progress.iteration + 1}: step skipped on all ranks, {cause}"
+        if comm.is_main():
+            print(said, flush=True)
+        if self.progress.skipped_in_a_row >= self.config.max_skipped_steps:
+            raise RuntimeError(f"{said}; {self.progress.skipped_in_a_row} in a row, the run stops.")
+        return float("nan"), float("nan")
+
+    def _texts(self, responses: list[list[int]]) -> list[str]:
+        return self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+
+    def _sample_rows(self, prompts: PromptBatch, responses: list[list[int]], experience: Experience) -> list[dict]:
+        """A few of rank 0's rows, which come first in the experience."""
+        few = min(self.config.tracking.samples_per_iteration, len(prompts)) if comm.is_main() else 0
+        kl = experience.padded("kl").sum(1)
+        return [
+            {
+                "iteration": self.progress.iteration + 1,
+                "prompt": prompts.texts[row],
+                "response": text,
+                "score": experience.scores[row].item(),
+                "kl": kl[row].item(),
+                "length": len(responses[row]),
+            }
+            for row, text in enumerate(self._texts(responses[:few]))
+        ]
+
+    @property
+    def _token_budget(self) -> int:
+        return self.config.micro_batch_tokens
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        started = perf_counter()
+        yield
+        self.seconds[phase] = perf_counter() - started
+
+
+def _endlessly(batches: Iterable[PromptBatch]) -> Iterator[PromptBatch]:
+    while True:
+        yield from batches
+
+
+def _marking_last(batches: Iterable) -> Iterator[tuple[Any, bool]]:
+    batches = list(batches)
+    for number, batch in enumerate(batches, start=1):
+        yield batch, number == len(batches)

@@ -1,0 +1,56 @@
+"""Train an actor and a critic by PPO against a frozen ref and a frozen source of scores.
+
+    deepspeed --num_accelerators 2 launch/train_ppo.py --config launch/recipes/gsm8k_tiny.yaml --output_dir runs/ppo
+
+Also under torchrun, and as plain `python` for one rank. Writes config.yaml, metrics.jsonl, samples.jsonl and the
+exported actor/ and critic/ to the output folder. Leaves out: resuming (a run that ends early starts again).
+"""
+
+from pathlib import Path
+
+from engine.config import PPOConfig, as_dict, parse
+from engine.data import create_datasets
+from engine.distributed import comm
+from engine.distributed.checkpoint import export_huggingface
+from engine.models.loading import load_tokenizer
+from engine.rlhf_engine import DeepSpeedRLHFEngine
+from engine.tracking import Tracker
+from engine.trainers.ppo_trainer import DeepSpeedPPOTrainer
+
+
+def main() -> None:
+    config = parse(PPOConfig)
+    comm.init_distributed(timeout_s=config.distributed_timeout_s)
+    config.check_world_size(comm.world_size())
+    comm.check_same_everywhere({"the configuration": as_dict(config), "the installed versions": comm.versions()})
+
+    output_dir, actor_name = Path(config.output_dir), config.model_of("actor")
+    tokenizer = load_tokenizer(actor_name)
+    prompts, num_iterations = create_datasets(args=config, tokenizer=tokenizer, train_phase=3)
+    rlhf_engine = DeepSpeedRLHFEngine(
+        actor_model_name_or_path=actor_name,
+        critic_model_name_or_path=config.model_of("critic"),
+        tokenizer=tokenizer,
+        num_total_iters=num_iterations,
+        args=config,
+    )
+    trainer = DeepSpeedPPOTrainer(rlhf_engine, config)
+    with comm.same_error_everywhere():
+        tracker = Tracker(
+            output_dir,
+            config.tracking,
+            run_config=as_dict(config),
+            num_iterations=num_iterations,
+            is_main=comm.is_main(),
+        )
+    with tracker:
+        trainer.train(prompts, num_iterations, tracker)
+        export_huggingface(rlhf_engine.actor, output_dir / "actor", tokenizer)
+        export_huggingface(rlhf_engine.critic, output_dir / "critic", tokenizer)
+    if comm.is_main():
+        print(f"Done: {num_iterations} iterations. Metrics, samples and the exported actor and critic: {output_dir}")
+    comm.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""logprobs.py: the chunked functions against the full log-softmax, in value, gradient and memory."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine.algorithms.kl import full_kl
+from engine.algorithms.logprobs import (
+    chunked_full_kl,
+    chunked_token_logprobs,
+    chunked_token_statistics,
+    entropy,
+    token_logprobs,
+)
+
+N, V, H = 10, 13, 6
+CHUNKS = [1, 3, 7, N, N + 5]
+
+
+def inputs(seed=0, dtype=torch.float32, n=N, with_bias=True):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, H, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(V, H, generator=generator).to(dtype).requires_grad_()
+    bias = torch.randn(V, generator=generator).to(dtype).requires_grad_() if with_bias else None
+    tokens = torch.randint(V, (n,), generator=generator)
+    grad = torch.randn(n, generator=generator)
+    return hidden, weight, bias, tokens, grad
+
+
+def gradients(output, grad, *leaves):
+    return torch.autograd.grad(output, [leaf for leaf in leaves if leaf is not None], grad.to(output.dtype))
+
+
+class LargestFloat(TorchDispatchMode):
+    """The most elements of any floating tensor that an operation returned; `exempt` shapes do not count."""
+
+    def __init__(self, *exempt):
+        super().__init__()
+        self.exempt = exempt
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, torch.Tensor) and x.is_floating_point() and tuple(x.shape) not in self.exempt:
+                self.largest = max(self.largest, x.numel())
+        return result
+
+
+def test_token_logprobs_by_hand():
+    logits = torch.tensor([[[0.0, math.log(3.0)], [0.0, 0.0]]])
+    logprobs = token_logprobs(logits, torch.tensor([[1, 0]]), temperature=1.0)
+    assert logprobs.tolist() == [[pytest.approx(math.log(0.75)), pytest.approx(math.log(0.5))]]
+    # Temperature 1/2 squares the odds: 9 : 1.
+    logprobs = token_logprobs(logits, torch.tensor([[1, 0]]), temperature=0.5)
+    assert logprobs[0, 0].item() == pytest.approx(math.log(0.9))
+
+
+def test_entropy_by_hand():
+    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, -2000.0, -2000.0]])
+    assert entropy(logits, temperature=0.7).tolist() == [pytest.approx(math.log(4)), pytest.approx(math.log(2))]
+    two = torch.tensor([0.0, math.log(3.0)])
+    assert entropy(two, temperature=0.5).item() == pytest.approx(-0.9 * math.log(0.9) - 0.1 * math.log(0.1))
+
+
+def test_bf16_logits_are_softmaxed_in_fp32():
+    logits, tokens = torch.randn(4, 9).bfloat16(), torch.tensor([0, 3, 8, 1])
+    for actual, expected in [
+        (token_logprobs(logits, tokens, temperature=0.7), token_logprobs(logits.float(), tokens, temperature=0.7)),
+        (entropy(logits, temperature=0.7), entropy(logits.float(), temperature=0.7)),
+    ]:
+        assert actual.dtype == torch.float32
+        torch.testing.assert_close(actual, expected)
+
+
+def test_gradients_in_float64():
+    logits = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    tokens = torch.tensor([0, 4, 2])
+    assert torch.autograd.gradcheck(lambda x: token_logprobs(x, tokens, temperature=0.7), logits)
+    assert torch.autograd.gradcheck(lambda x: entropy(x, temperature=0.7), logits)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("chunk_tokens", CHUNKS)
+@settings(deadline=None, max_examples=8)
+@given(st.integers(0, 2**31), st.sampled_from([0.5, 1.0, 1.7]))
+def test_chunked_equals_full(chunk_tokens, with_bias, seed, temperature):
+    hidden, weight, bias, tokens, grad = inputs(seed, with_bias=with_bias)
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    expected = token_logprobs(logits, tokens, temperature=temperature)
+    scalars = {"temperature": temperature, "chunk_tokens": chunk_tokens}
+    actual = chunked_token_logprobs(hidden, weight, bias, tokens, **scalars)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    leaves = (hidden, weight, bias)
+    for a, e in zip(gradients(actual, grad, *leaves), gradients(expected, grad, *leaves), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+    logprobs, entropies = chunked_token_statistics(hidden, weight, bias, tokens, **scalars)
+    assert torch.equal(logprobs, actual)
+    torch.testing.assert_close(entropies, entropy(logits, temperature=temperature), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk_tokens", CHUNKS)
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_chunked_full_kl_equals_full_kl(chunk_tokens, temperature):
+    hidden, weight, bias, *_ = inputs(1)
+    ref_hidden, ref_weight = torch.randn(N, H + 2), torch.randn(V, H + 2)
+    kl = chunked_full_kl(
+        hidden, weight, bias, ref_hidden, ref_weight, None, temperature=temperature, chunk_tokens=chunk_tokens
+    )
+    assert not kl.requires_grad
+    expected = full_kl(hidden @ weight.T + bias, ref_hidden @ ref_weight.T, temperature=temperature)
+    torch.testing.assert_close(kl, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 20])
+def test_chunked_gradcheck_in_float64(chunk_tokens):
+    hidden, weight, bias, tokens, _ = inputs(2, dtype=torch.float64, n=5)
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: chunked_token_logprobs(h, w, b, tokens, temperature=0.7, chunk_tokens=chunk_tokens),
+        (hidden, weight, bias),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 16])
+def test_nothing_larger_than_a_chunk_of_logits(dtype, chunk_tokens):
+    n, vocabulary, width = 64, 512, 5
+    hidden = torch.randn(n, width, dtype=dtype, requires_grad=True)
+    weight = torch.randn(vocabulary, width, dtype=dtype, requires_grad=True)
+    bias = torch.randn(vocabulary, dtype=dtype, requires_grad=True)
+    tokens = torch.randint(vocabulary, (n,))
+    scalars = {"temperature": 0.7, "chunk_tokens": chunk_tokens}
+    with LargestFloat((vocabulary, width), (width, vocabulary)) as memory:
+        chunked_token_logprobs(hidden, weight, bias, tokens, **scalars).sum().backward()
+        chunked_token_statistics(hidden, weight, bias, tokens, **scalars)
+        chunked_full_kl(hidden, weight, bias, hidden, weight, bias, **scalars)
+    assert memory.largest == chunk_tokens * vocabulary
+    with LargestFloat((vocabulary, width), (width, vocabulary)) as memory:
+        token_logprobs(hidden @ weight.T, tokens, temperature=0.7).sum().backward()
+    assert memory.largest == n * vocabulary
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
+def test_unneeded_gradients_are_not_computed(frozen):
+    leaves = dict(zip(("hidden", "weight", "bias"), inputs()[:3], strict=True))
+    tokens, grad = inputs()[3:]
+    full = gradients(
+        chunked_token_logprobs(**leaves, tokens=tokens, temperature=0.7, chunk_tokens=4), grad, *leaves.values()
+    )
+    expected = dict(zip(leaves, full, strict=True))
+    del expected[frozen]
+    leaves[frozen].requires_grad_(False)
+    trained = [leaf for name, leaf in leaves.items() if name != frozen]
+    output = chunked_token_logprobs(**leaves, tokens=tokens, temperature=0.7, chunk_tokens=4)
+    shapes = []
+
+    class Shapes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and "aten.t." not in str(func) and "detach" not in str(func):
+                shapes.append(tuple(result.shape))
+            return result
+
+    with Shapes():
+        actual = gradients(output, grad, *trained)
+    for a, e in zip(actual, expected.values(), strict=True):
+        torch.testing.assert_close(a, e)
+    # rows of 4, 4 and 2: (rows, H) is a piece of hidden's gradient before it is copied into place.
+    assert tuple(leaves[frozen].shape) not in shapes
+
+
+def test_weight_may_be_emptied_between_forward_and_backward():
+    hidden, weight, bias, tokens, grad = inputs()
+    expected = gradients(
+        chunked_token_logprobs(hidden, weight, bias, tokens, temperature=0.7, chunk_tokens=4),
+        grad,
+        hidden,
+        weight,
+        bias,
+    )
+    output = chunked_token_logprobs(hidden, weight, bias, tokens, temperature=0.7, chunk_tokens=4)
+    kept = [p.data.clone() for p in (weight, bias)]
+    for p in (weight, bias):
+        p.data.fill_(math.nan)
+        p.data = torch.empty(0)
+    for p, data in zip((weight, bias), kept, strict=True):
+        p.data = data
+    for a, e in zip(gradients(output, grad, hidden, weight, bias), expected, strict=True):
+        assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize("chunk_tokens", [3, 64])
+def test_bf16(chunk_tokens):
+    hidden, weight, bias, tokens, grad = inputs(dtype=torch.bfloat16)
+    actual = chunked_token_logprobs(hidden, weight, bias, tokens, temperature=0.7, chunk_tokens=chunk_tokens)
+    assert actual.dtype == torch.float32
+    # The bf16 product itself, softmaxed in fp32: the only rounding there may be in forward.
+    expected = token_logprobs(torch.nn.functional.linear(hidden, weight, bias), tokens, temperature=0.7)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    leaves = [x.detach().float().requires_grad_() for x in (hidden, weight, bias)]
+    reference = token_logprobs(torch.nn.functional.linear(*leaves), tokens, temperature=0.7)
+    for a, e in zip(gradients(actual, grad, hidden, weight, bias), gradients(reference, grad, *leaves), strict=True):
+        assert a.dtype == torch.bfloat16
+        torch.testing.assert_close(a.float(), e, rtol=0.05, atol=0.1)
+
+
+def test_bf16_weight_gradient_is_summed_in_fp32():
+    # 1 + 512 * 2^-10 in bf16 stays at 1 (2^-10 is below half an ulp of 1); in fp32 it is 1.5.
+    hidden = torch.full((513, 1), 2**-10, dtype=torch.bfloat16)
+    hidden[0] = 1.0
+    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    tokens = torch.zeros(513, dtype=torch.int64)
+    output = chunked_token_logprobs(hidden, weight, None, tokens, temperature=1.0, chunk_tokens=1)
+    output.backward(torch.full((513,), 2.0))  # d logprob / d logit_0 = 1/2
+    assert weight.grad.tolist() == [[1.5], [-1.5]]
+
+
+def test_no_tokens():
+    hidden, weight, bias, tokens, grad = inputs(n=0)
+    output = chunked_token_logprobs(hidden, weight, bias, tokens, temperature=0.7, chunk_tokens=4)
+    assert output.shape == (0,)
+    for leaf, g in zip((hidden, weight, bias), gradients(output, grad, hidden, weight, bias), strict=True):
+        assert torch.equal(g, torch.zeros_like(leaf))
+    for x in chunked_token_statistics(hidden, weight, bias, tokens, temperature=0.7, chunk_tokens=4):
+        assert x.shape == (0,) and not x.requires_grad
+    kl = chunked_full_kl(hidden, weight, bias, hidden, weight, bias, temperature=0.7, chunk_tokens=4)
+    assert kl.shape == (0,)
+
+
+def test_statistics_carry_no_gradient():
+    hidden, weight, bias, tokens, _ = inputs()
+    for x in chunked_token_statistics(hidden, weight, bias, tokens, temperature=0.7, chunk_tokens=4):
+        assert not x.requires_grad
+
+
+def test_refusals():
+    hidden, weight, bias, tokens, _ = inputs()
+    for function in (chunked_token_logprobs, chunked_token_statistics):
+        with pytest.raises(ValueError, match="tokens has shape"):
+            function(hidden, weight, bias, tokens[1:], temperature=1.0, chunk_tokens=4)
+        with pytest.raises(ValueError, match="hidden has shape"):
+            function(hidden[None], weight, bias, tokens, temperature=1.0, chunk_tokens=4)
+        with pytest.raises(ValueError, match="temperature=0"):
+            function(hidden, weight, bias, tokens, temperature=0, chunk_tokens=4)
+        with pytest.raises(ValueError, match="chunk_tokens=0"):
+            function(hidden, weight, bias, tokens, temperature=1.0, chunk_tokens=0)
+    with pytest.raises(ValueError, match="ref_hidden"):
+        chunked_full_kl(hidden, weight, bias, hidden[1:], weight, bias, temperature=1.0, chunk_tokens=4)
+    with pytest.raises(ValueError, match="tokens has shape"):
+        token_logprobs(torch.zeros(2, 3), torch.zeros(1, dtype=torch.int64), temperature=1.0)
+    with pytest.raises(ValueError, match="temperature=0"):
+        entropy(torch.zeros(2, 3), temperature=0)
