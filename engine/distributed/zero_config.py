@@ -85,7 +85,7 @@ def _strategy(path: Path) -> dict[str, Any]:
     if unknown := sorted(strategy.keys() - STRATEGY):
         raise ValueError(f"{path} sets {', '.join(unknown)}, unknown here. Known: {', '.join(sorted(STRATEGY))}.")
     zero = strategy.setdefault("zero_optimization", {"stage": 0})
-    known = {name for name in DeepSpeedZeroConfig.model_fields}
+    known = set(DeepSpeedZeroConfig.model_fields)
     known |= {field.alias for field in DeepSpeedZeroConfig.model_fields.values() if field.alias is not None}
     if unknown := sorted(zero.keys() - known):
         raise ValueError(f"{path} sets zero_optimization.{unknown[0]}, which DeepSpeed does not know. Is it misspelt?")

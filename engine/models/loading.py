@@ -54,9 +54,7 @@ def load_pretrained(auto_class: type, model_name_or_path: str, *, dtype: torch.d
     try:
         config = AutoConfig.from_pretrained(folder, **overrides)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{model_name_or_path} is neither a model folder nor a hub name that loads: {error}"
-        ) from error
+        raise ValueError(f"{model_name_or_path} is neither a model folder nor a known hub name: {error}") from error
     saved_architectures, dropout = config.architectures, _switch_dropout_off(config)
     with _quiet_transformers():
         model, report = auto_class.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
@@ -106,7 +104,7 @@ def _switch_dropout_off(config: PreTrainedConfig) -> dict[str, float]:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """No progress bars and no report on keys: every rank would print them, and missing keys are judged by the caller."""
+    """No progress bars and no report on keys: every rank would print them, and the caller judges missing keys."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""A key-value cache that is allocated once per micro-batch, where transformers' own copies everything for every token."""
+"""A key-value cache allocated once per micro-batch, where transformers' own copies everything for every token."""
 
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
@@ -6,7 +6,7 @@ from transformers.cache_utils import DynamicLayer
 
 
 class PreallocatedLayer(DynamicLayer):
-    """One layer's keys and values, (rows, heads, capacity, head_dim), of which the first `length` columns are filled."""
+    """One layer's keys and values, (rows, heads, capacity, head_dim), filled in the first `length` columns."""
 
     def __init__(self, capacity: int):
         super().__init__()
@@ -38,7 +38,7 @@ class PreallocatedLayer(DynamicLayer):
 
 
 def preallocated_cache(config: PreTrainedConfig, capacity: int) -> DynamicCache:
-    """A cache for sequences of up to `capacity` tokens. Layers that are not plain full attention keep their own kind."""
+    """A cache for up to `capacity` tokens a row. Layers that are not plain full attention keep their own kind."""
     cache = DynamicCache(config=config)
     cache.layers = [PreallocatedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache

@@ -101,6 +101,6 @@ def experience_metrics(experience: Experience, *, eos_token_ids: list[int], kl_c
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns): 1 for a perfect critic, 0 for a constant one. 0 for constant returns."""
+    """1 - Var(returns - values) / Var(returns): 1 for a perfect critic, 0 for a constant one or constant returns."""
     variance = returns.var(correction=0) if len(returns) else torch.tensor(0.0)
     return 1 - ((returns - values).var(correction=0) / variance).item() if variance > 0 else 0.0
