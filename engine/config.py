@@ -324,7 +324,7 @@ def parse(config_class: type[Config], args: Sequence[str] | None = None) -> Conf
     try:
         values = parser.instantiate_classes(parser.parse_args(args))
     except ArgumentError as error:
-        raise ValueError(f"{error}\nSee --help for every name, --print_config for the resolved values.") from error
+        raise ValueError(f"{error}\nSee --help for every name, --print_config for the resolved values.") from None
     return config_class(**{name: values[name] for name in config_class.__dataclass_fields__})
 
 

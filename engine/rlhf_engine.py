@@ -70,7 +70,7 @@ class DeepSpeedRLHFEngine:
         if args.reward.model_name_or_path is not None:
             self._check_vocabulary("reward", args.reward.model_name_or_path)
             self.reward = self._frozen("reward", partial(load_reward_model, args.reward.model_name_or_path, **scalar))
-        self._check_embeddings()
+        self._check_sizes()
 
     def _trained(self, role: Literal["actor", "critic"], config: TrainedRoleConfig, build) -> DeepSpeedEngine:
         return trained_engine(
@@ -101,12 +101,22 @@ class DeepSpeedRLHFEngine:
                 f"Use a {role} trained with the actor's tokenizer."
             )
 
-    def _check_embeddings(self) -> None:
+    def _check_sizes(self) -> None:
+        """No token id and no position may lie outside a model's embeddings."""
         vocabulary = len(self.tokenizer)
+        longest = self.args.data.max_prompt_tokens + self.args.rollout.max_response_tokens
         for role in ("actor", "ref", "critic", "reward"):
             engine = getattr(self, role)
-            if engine is not None and engine.module.model.config.get_text_config().vocab_size < vocabulary:
+            if engine is None:
+                continue
+            model_config = engine.module.model.config.get_text_config()
+            if model_config.vocab_size < vocabulary:
                 raise ValueError(
-                    f"The {role} embeds {engine.module.model.config.get_text_config().vocab_size} tokens and the "
-                    f"tokenizer has {vocabulary}: some ids would be out of range."
+                    f"The {role} embeds {model_config.vocab_size} tokens and the tokenizer has {vocabulary}: some ids "
+                    f"would be out of range."
+                )
+            if model_config.max_position_embeddings < longest:
+                raise ValueError(
+                    f"The {role} was made for sequences of {model_config.max_position_embeddings} tokens, and "
+                    f"data.max_prompt_tokens + rollout.max_response_tokens = {longest}. Lower one of them."
                 )

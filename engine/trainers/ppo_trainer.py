@@ -33,6 +33,13 @@ from engine.rollout.sequences import Sequences
 from engine.tracking import Tracker
 from engine.trainers.ppo_metrics import StepStatistics, experience_metrics, step_metrics
 
+# Which settings decide a phase's memory.
+SMALLER = {
+    "generate": "--rollout.micro_batch_size, or set --rollout.weights sharded",
+    "score": "--micro_batch_size or --logits_chunk_tokens",
+    "train": "--micro_batch_size or --logits_chunk_tokens, or set --actor.gradient_checkpointing true",
+}
+
 
 @dataclass
 class Progress:
@@ -261,8 +268,12 @@ class DeepSpeedPPOTrainer:
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
+        """Time a phase; where it runs out of memory, say which setting makes it smaller."""
         started = perf_counter()
-        yield
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(f"Out of memory in phase {phase}: lower {SMALLER[phase]}. {error}") from error
         self.seconds[phase] = perf_counter() - started
 
 
