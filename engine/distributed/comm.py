@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib.metadata import version
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.op_builder.builder import OpBuilder
 from torch import Tensor
 
 # DeepSpeed 0.19's own calls, which torch 2.13 wants renamed: nothing a user of this engine could act on.
@@ -175,12 +177,13 @@ def check_same_everywhere(values: dict[str, Any]) -> None:
 
 
 def _build_ops() -> None:
-    """Compile DeepSpeed's shared-memory op once, before any rank needs it.
+    """Compile DeepSpeed's shared-memory op once, before any rank needs it, and load it from then on.
 
     DeepSpeed 0.19 compiles it inside `init_distributed` on every rank at once; torch guards the build with a file
     named `lock` that a killed build leaves behind, after which every later start waits for it for ever and in
     silence. Here the builds queue up behind an flock, which the kernel releases when its holder dies: whoever holds
-    the flock knows that a `lock` file it finds is stale.
+    the flock knows that a `lock` file it finds is stale. A finished build is put straight into DeepSpeed's table of
+    loaded ops (`OpBuilder._loaded_ops`): its own loader would compile again for every other virtual environment.
     """
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is None or not builder.is_compatible(verbose=False):
@@ -188,15 +191,20 @@ def _build_ops() -> None:
     built_for = f"py{sys.version_info.major}{sys.version_info.minor}_torch{torch.__version__}_ds{deepspeed.__version__}"
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rlhf_engine" / "ops" / built_for
     folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default)))
-    folder.mkdir(parents=True, exist_ok=True)
+    library, finished = folder / builder.name / f"{builder.name}.so", folder / builder.name / "finished"
+    library.parent.mkdir(parents=True, exist_ok=True)
     with open(folder / "rlhf_engine.flock", "w") as queue:
         fcntl.flock(queue, fcntl.LOCK_EX)
-        stale = folder / builder.name / "lock"
-        if stale.exists():
-            print(
-                f"An interrupted build left {stale} behind. Removing it and building {builder.name} again.", flush=True
-            )
-            stale.unlink()
-        if not list(folder.glob(f"{builder.name}/*.so")):
+        if not (finished.exists() and library.exists()):
+            stale = library.with_name("lock")
+            if stale.exists():
+                print(f"An interrupted build left {stale} behind: removing it, building again.", flush=True)
+                stale.unlink()
             print(f"Building DeepSpeed's {builder.name} in {folder}, once; this takes up to three minutes.", flush=True)
-        builder.load(verbose=False)
+            builder.load(verbose=False)
+            finished.touch()
+            return
+    spec = spec_from_file_location(builder.name, library)
+    op = module_from_spec(spec)
+    spec.loader.exec_module(op)
+    OpBuilder._loaded_ops[builder.name] = op
