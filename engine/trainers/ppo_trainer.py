@@ -244,7 +244,8 @@ class DeepSpeedPPOTrainer:
         return float("nan"), float("nan")
 
     def _texts(self, responses: list[list[int]]) -> list[str]:
-        return self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        # One by one: transformers 5 turns batch_decode([]), a rank without prompts, into one empty text.
+        return [self.tokenizer.decode(response, skip_special_tokens=True) for response in responses]
 
     def _sample_rows(self, prompts: PromptBatch, responses: list[list[int]], experience: Experience) -> list[dict]:
         """A few of rank 0's rows, which come first in the experience."""

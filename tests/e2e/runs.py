@@ -1,0 +1,69 @@
+"""Whole PPO runs on real ranks, for the tests of this folder: each function here runs on every rank."""
+
+import hashlib
+from typing import Any
+
+import torch
+
+from engine.config import PPOConfig
+from engine.data import create_datasets
+from engine.distributed.gather import gathered
+from engine.models.loading import load_tokenizer
+from engine.rlhf_engine import DeepSpeedRLHFEngine
+from engine.trainers.ppo_trainer import DeepSpeedPPOTrainer
+
+UNCOMPARABLE = ("time/", "speed/", "memory/")
+
+
+class Log:
+    """A tracker that keeps what it is told."""
+
+    def __init__(self):
+        self.metrics: list[dict[str, float]] = []
+        self.samples: list[dict[str, Any]] = []
+
+    def log(self, iteration: int, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
+        self.metrics.append({name: v for name, v in metrics.items() if not name.startswith(UNCOMPARABLE)})
+        self.samples.extend(samples)
+
+
+def build(config: PPOConfig) -> tuple[DeepSpeedPPOTrainer, Any]:
+    """A trainer and its prompts."""
+    tokenizer = load_tokenizer(config.model_of("actor"))
+    prompts, num_iterations = create_datasets(config, tokenizer, train_phase=3)
+    engine = DeepSpeedRLHFEngine(config.model_of("actor"), config.model_of("critic"), tokenizer, num_iterations, config)
+    return DeepSpeedPPOTrainer(engine, config), prompts
+
+
+def weights(engine) -> dict[str, torch.Tensor]:
+    """Every parameter, whole, on every rank."""
+    whole = {}
+    for name, parameter in engine.module.named_parameters():
+        with gathered([parameter]):
+            whole[name] = parameter.detach().float().cpu().clone()
+    return whole
+
+
+def digest(engine) -> str:
+    """A hash of every bit of the weights."""
+    state = hashlib.sha256()
+    for tensor in weights(engine).values():
+        state.update(tensor.numpy().tobytes())
+    return state.hexdigest()
+
+
+def train(config: PPOConfig, keep_weights: bool = False) -> dict[str, Any]:
+    """A run's metrics, and with `keep_weights` the actor's and critic's final weights."""
+    trainer, prompts = build(config)
+    log, ref_before = Log(), digest(trainer.ref)
+    trainer.train(prompts, config.num_iterations, log)
+    result = {
+        "metrics": log.metrics,
+        "samples": log.samples,
+        "ref unchanged": digest(trainer.ref) == ref_before,
+        "actor": digest(trainer.actor),
+        "critic": digest(trainer.critic),
+    }
+    if keep_weights:
+        result["weights"] = {"actor": weights(trainer.actor), "critic": weights(trainer.critic)}
+    return result

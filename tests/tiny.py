@@ -1,0 +1,128 @@
+"""Tiny models, sharding files, prompts and configs. Importable by tests and by the ranks they start."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from engine.config import (
+    DataConfig,
+    FrozenRoleConfig,
+    PPOConfig,
+    RewardConfig,
+    RolloutConfig,
+    TrackingConfig,
+    TrainedRoleConfig,
+)
+
+_SIZES = "hidden_size=32&num_hidden_layers=2&num_attention_heads=4"
+LLAMA = f"random://llama?{_SIZES}&num_key_value_heads=2&intermediate_size=64&max_position_embeddings=512"
+QWEN2 = f"random://qwen2?{_SIZES}&num_key_value_heads=2&intermediate_size=64&max_position_embeddings=512"
+GPT2 = "random://gpt2?n_embd=32&n_layer=2&n_head=4&n_positions=512"  # dropout 0.1 is GPT-2's own default; tied
+OPT = f"random://opt?{_SIZES}&ffn_dim=64&word_embed_proj_dim=32&max_position_embeddings=512"
+MODELS = dict(llama=LLAMA, qwen2=QWEN2, gpt2=GPT2, opt=OPT)
+
+STRICT_Z3 = {
+    "zero_optimization": {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_live_parameters": 0,
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": 0,
+    }
+}
+# Of mixed lengths, so that batches hold padding.
+PROMPTS = [
+    "a",
+    "name three",
+    "what is the sum of 2 and 3?",
+    "go",
+    "tell a story of the sea",
+    "xyz",
+    "why so",
+    "count up",
+]
+
+
+def score_head(name: str, seed: int = 1) -> str:
+    """The same model type with a score head instead of a language-model head, and other weights."""
+    return f"{name}&head=score&seed={seed}"
+
+
+def strict_z3_file(folder: Path) -> str:
+    """ZeRO-3 with every default that would hide it on a tiny model switched off."""
+    path = Path(folder) / "strict_z3.json"
+    path.write_text(json.dumps(STRICT_Z3))
+    return str(path)
+
+
+def sharding(kind: int | str, folder: Path) -> dict[str, Any]:
+    """The config fields of a sharding: a ZeRO stage, or "strict" for STRICT_Z3."""
+    return {"ds_config": strict_z3_file(folder)} if kind == "strict" else {"zero_stage": kind}
+
+
+def write_prompts(folder: Path, prompts: list[str] | None = None) -> str:
+    """A JSONL file of prompts with a column `number`."""
+    path = Path(folder) / "prompts.jsonl"
+    rows = [{"prompt": text, "number": number} for number, text in enumerate(PROMPTS if prompts is None else prompts)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def ppo_config(folder: Path, *, model: str = LLAMA, prompts: list[str] | None = None, **overrides: Any) -> PPOConfig:
+    """A small valid PPO run on 1 or 2 ranks: 8 responses of up to 12 tokens, 2 minibatches, 2 epochs, a reward model.
+
+    Args:
+        overrides: fields of PPOConfig; a field of a nested config as `rollout__temperature=0.7`.
+            `reward__function="tiny:..."` takes the place of the reward model.
+    """
+    nested: dict[str, dict[str, Any]] = dict(
+        actor=dict(model_name_or_path=model, learning_rate=1e-3),
+        critic=dict(learning_rate=1e-3),
+        ref={},
+        reward={} if "reward__function" in overrides else dict(model_name_or_path=score_head(model)),
+        data=dict(train=write_prompts(folder, prompts), max_prompt_tokens=32),
+        rollout=dict(max_response_tokens=12),
+        tracking=dict(wandb="disabled", samples_per_iteration=2),
+    )
+    run = dict(
+        output_dir=str(Path(folder) / "out"),
+        dtype="float32",
+        num_iterations=3,
+        rollout_batch_size=8,
+        minibatch_size=4,
+        micro_batch_size=2,
+        ppo_epochs=2,
+        distributed_timeout_s=40,
+    )
+    for name, value in overrides.items():
+        if "__" in name:
+            group, inner = name.split("__")
+            nested[group][inner] = value
+        else:
+            run[name] = value
+    classes = dict(
+        actor=TrainedRoleConfig,
+        critic=TrainedRoleConfig,
+        ref=FrozenRoleConfig,
+        reward=RewardConfig,
+        data=DataConfig,
+        rollout=RolloutConfig,
+        tracking=TrackingConfig,
+    )
+    return PPOConfig(**run, **{group: classes[group](**fields) for group, fields in nested.items()})
+
+
+def changed(config: PPOConfig, **overrides: Any) -> PPOConfig:
+    """The config with top-level fields replaced, checked again."""
+    return dataclasses.replace(config, **overrides)
+
+
+def share_of_small_letters(prompts: list[str], responses: list[str], **columns: Any) -> list[float]:
+    """A toy score that a tiny model learns fast: the share of characters in a..m."""
+    return [sum("a" <= letter <= "m" for letter in response) / max(1, len(response)) for response in responses]
+
+
+def longest_wins(prompts: list[str], responses: list[str], number: list[int]) -> list[float]:
+    """A score that reads a column of the dataset."""
+    return [len(response) + 0.01 * row for response, row in zip(responses, number, strict=True)]
