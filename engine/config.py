@@ -4,6 +4,7 @@
 refused. How memory is sharded is not here but in `ds_configs/`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -236,13 +237,14 @@ class PPOConfig:
             _at_least(name, getattr(self, name), 0)
         if self.actor.model_name_or_path is None:
             raise ValueError("actor.model_name_or_path is not set: name the model to train.")
-        _divides("rollout_batch_size", self.rollout_batch_size, "minibatch_size", self.minibatch_size)
-        _divides(
-            "rollout_batch_size",
-            self.rollout_batch_size,
-            "rollout.samples_per_prompt",
-            self.rollout.samples_per_prompt,
-        )
+        samples = self.rollout.samples_per_prompt
+        for name, divisor in (("minibatch_size", self.minibatch_size), ("rollout.samples_per_prompt", samples)):
+            if self.rollout_batch_size % divisor:
+                works = _next_multiple(self.rollout_batch_size, math.lcm(self.minibatch_size, samples))
+                raise ValueError(
+                    f"rollout_batch_size={self.rollout_batch_size} is not a multiple of {name}={divisor}. "
+                    f"Try --rollout_batch_size {works}."
+                )
         if self.reward.function is not None and (self.reward.zero_stage, self.reward.ds_config) != (None, None):
             raise ValueError("reward.function is a Python function: reward.zero_stage and reward.ds_config do nothing.")
         for role in ("actor", "critic", "ref", "reward"):
@@ -256,10 +258,12 @@ class PPOConfig:
         """
         unit = self.micro_batch_size * world_size
         if self.minibatch_size % unit:
+            minibatch = _next_multiple(self.minibatch_size, unit)
+            rollout = _next_multiple(self.rollout_batch_size, math.lcm(minibatch, self.rollout.samples_per_prompt))
+            more = "" if rollout == self.rollout_batch_size else f" --rollout_batch_size {rollout}"
             raise ValueError(
                 f"minibatch_size={self.minibatch_size} is not a multiple of micro_batch_size x world_size = "
-                f"{self.micro_batch_size} x {world_size} = {unit}. "
-                f"Try --minibatch_size {-(-self.minibatch_size // unit) * unit}."
+                f"{self.micro_batch_size} x {world_size} = {unit}. Try --minibatch_size {minibatch}{more}."
             )
 
     @property
@@ -343,9 +347,5 @@ def _at_least(name: str, value: float, minimum: float) -> None:
         raise ValueError(f"{name}={value} must be at least {minimum}.")
 
 
-def _divides(name: str, value: int, divisor_name: str, divisor: int) -> None:
-    if value % divisor:
-        raise ValueError(
-            f"{name}={value} is not a multiple of {divisor_name}={divisor}. "
-            f"Try --{name} {-(-value // divisor) * divisor}."
-        )
+def _next_multiple(value: int, unit: int) -> int:
+    return -(-value // unit) * unit

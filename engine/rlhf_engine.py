@@ -4,12 +4,11 @@ from functools import partial
 from typing import Literal
 
 import torch
-from deepspeed import DeepSpeedEngine
 from transformers import PreTrainedTokenizerBase
 
 from engine.config import PPOConfig, TrainedRoleConfig, resolved_dtype
 from engine.distributed import comm
-from engine.distributed.initialize import frozen_engine, trained_engine
+from engine.distributed.initialize import Engine, frozen_engine, trained_engine
 from engine.models.language_model import load_language_model
 from engine.models.loading import load_tokenizer
 from engine.models.scalar_head import load_critic, load_reward_model
@@ -26,10 +25,10 @@ class DeepSpeedRLHFEngine:
         dtype: of all weights.
     """
 
-    actor: DeepSpeedEngine
-    ref: DeepSpeedEngine
-    critic: DeepSpeedEngine
-    reward: DeepSpeedEngine | None
+    actor: Engine
+    ref: Engine
+    critic: Engine
+    reward: Engine | None
 
     def __init__(
         self,
@@ -72,7 +71,7 @@ class DeepSpeedRLHFEngine:
             self.reward = self._frozen("reward", partial(load_reward_model, args.reward.model_name_or_path, **scalar))
         self._check_sizes()
 
-    def _trained(self, role: Literal["actor", "critic"], config: TrainedRoleConfig, build) -> DeepSpeedEngine:
+    def _trained(self, role: Literal["actor", "critic"], config: TrainedRoleConfig, build) -> Engine:
         return trained_engine(
             build,
             ds_config=self.args.ds_config_of(role),
@@ -87,7 +86,7 @@ class DeepSpeedRLHFEngine:
             gradient_checkpointing=config.gradient_checkpointing,
         )
 
-    def _frozen(self, role: Literal["ref", "reward"], build) -> DeepSpeedEngine:
+    def _frozen(self, role: Literal["ref", "reward"], build) -> Engine:
         return frozen_engine(build, ds_config=self.args.ds_config_of(role), dtype=self.dtype)
 
     def _check_vocabulary(self, role: str, model_name_or_path: str) -> None:

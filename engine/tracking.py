@@ -14,6 +14,7 @@ The names every PPO iteration reports:
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -108,7 +109,9 @@ class Tracker:
 
 
 def _write_line(file, row: dict[str, Any]) -> None:
-    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    # JSON has no NaN or inf: a number that is not finite is written as null.
+    plain = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+    file.write(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
     file.flush()
 
 
@@ -121,9 +124,9 @@ def _set_aside(path: Path) -> None:
 def _wandb_run(output_dir: Path, config: TrackingConfig, run_config: dict[str, Any]):
     if config.wandb == "disabled":
         return None
-    import wandb
-
     try:
+        import wandb
+
         run = wandb.init(
             project=config.project,
             name=config.run_name,

@@ -39,7 +39,7 @@ START_S = 300  # imports, and on a fresh machine the compilation of DeepSpeed's 
 GRACE_S = 4  # for the other ranks to say what happened to them, once one has failed
 
 
-class RankFailed(AssertionError):
+class RankFailed(AssertionError):  # noqa: N818 - a failed assertion of a test, told by its rank
     """A rank raised, died or did not answer in time; the message shows what it said."""
 
 

@@ -50,7 +50,7 @@ class PromptDataset(Dataset):
     """Tokenised prompts with the columns they came with. An item is its own row number: batches are made by `batch`."""
 
     def __init__(self, source: Source, column: str, tokenizer: PreTrainedTokenizerBase):
-        self.source = source
+        self.source, self.tokenizer = source, tokenizer
         self.texts = [
             _at(place, column, render, row.get(column), tokenizer)
             for row, place in zip(source.rows, source.places, strict=True)
@@ -95,6 +95,7 @@ class PromptDataset(Dataset):
         keep = slice(-max_prompt_tokens, None) if over_length == "truncate_left" else slice(max_prompt_tokens)
         for row in too_long:
             self.tokens[row] = self.tokens[row][keep]
+            self.texts[row] = self.tokenizer.decode(self.tokens[row])
         return f"{said}: shortened ({over_length})."
 
 

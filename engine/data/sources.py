@@ -71,14 +71,14 @@ def _jsonl(path: Path) -> tuple[list[Row], list[str]]:
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file.")
     rows, places = [], []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not valid JSON ({error}).") from error
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise ValueError(f"{path}, line {number}: not valid JSON in UTF-8 ({error}).") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number}: a row is a JSON object, this is a {type(row).__name__}.")
             rows.append(row)

@@ -23,6 +23,8 @@ from engine.distributed.comm import device
 from engine.distributed.zero_config import frozen_config, training_config
 from engine.models.loading import restore_rope
 
+Engine = DeepSpeedEngine  # what the upper layers hold; they do not import deepspeed
+
 # DeepSpeed narrates every engine it makes; what matters of it is in the run's own banner.
 deepspeed_logger.setLevel(logging.WARNING)
 

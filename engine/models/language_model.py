@@ -69,6 +69,11 @@ def load_language_model(model_name_or_path: str, *, dtype: torch.dtype) -> Langu
             f"{model_name_or_path} is not a causal language model: it was saved as {saved_as} and lacks "
             f"{', '.join(model.missing_from_checkpoint[:3]) or 'a trained head'}. Is it a reward model?"
         )
+    if not isinstance(model.get_output_embeddings(), nn.Linear) or getattr(model.config, "is_decoder", None) is False:
+        raise ValueError(
+            f"{model_name_or_path} is a {type(model).__name__}, not a causal language model with a linear head: its "
+            f"tokens would see what they are asked to predict."
+        )
     for name in ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier"):
         if getattr(model.config, name, None) not in (None, 1, 1.0):
             raise ValueError(f"{model_name_or_path} has {name}={getattr(model.config, name)}, not supported yet.")

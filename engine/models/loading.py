@@ -50,17 +50,24 @@ def load_pretrained(auto_class: type, model_name_or_path: str, *, dtype: torch.d
     Raises:
         ValueError: there is no such model, or it is not of this class.
     """
-    folder = _found(model_name_or_path)
-    try:
-        config = AutoConfig.from_pretrained(folder, **overrides)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{model_name_or_path} is neither a model folder nor a known hub name: {error}") from error
+    folder, config = _found(model_name_or_path), _config(model_name_or_path, **overrides)
     saved_architectures, dropout = config.architectures, _switch_dropout_off(config)
     with _quiet_transformers():
         model, report = auto_class.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
     model.missing_from_checkpoint = sorted(report["missing_keys"] - set(model.all_tied_weights_keys))
     model.saved_architectures, model.dropout_before_training = saved_architectures, dropout
     return model
+
+
+def number_of_labels(model_name_or_path: str) -> int | None:
+    """Outputs of a saved sequence classifier; None for a model of another kind.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    config = _config(model_name_or_path)
+    is_classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+    return config.num_labels if is_classifier else None
 
 
 def restore_rope(model: nn.Module) -> None:
@@ -92,6 +99,13 @@ def _found(model_name_or_path: str) -> str:
     if looks_local and not (Path(folder).expanduser() / "config.json").is_file():
         raise ValueError(f"{model_name_or_path}: no such model folder (there is no config.json in it).")
     return str(Path(folder).expanduser()) if looks_local else folder
+
+
+def _config(model_name_or_path: str, **overrides) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(_found(model_name_or_path), **overrides)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{model_name_or_path} is neither a model folder nor a known hub name: {error}") from error
 
 
 def _switch_dropout_off(config: PreTrainedConfig) -> dict[str, float]:

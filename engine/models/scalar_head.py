@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from engine.models.language_model import hidden_states
-from engine.models.loading import load_pretrained
+from engine.models.loading import load_pretrained, number_of_labels
 
 
 class ScalarHeadModel(nn.Module):
@@ -50,6 +50,9 @@ def load_reward_model(model_name_or_path: str, *, dtype: torch.dtype, pad_token_
 
 
 def _load(model_name_or_path: str, *, dtype: torch.dtype, pad_token_id: int, seed: int) -> ScalarHeadModel:
+    labels = number_of_labels(model_name_or_path)
+    if labels not in (None, 1):
+        raise ValueError(f"{model_name_or_path} is a classifier with {labels} labels; a scalar head has one.")
     torch.manual_seed(seed)  # for the head, when the checkpoint has none
     model = load_pretrained(AutoModelForSequenceClassification, model_name_or_path, dtype=dtype, num_labels=1)
     if not isinstance(getattr(model, "score", None), nn.Linear) or model.score.out_features != 1:

@@ -163,7 +163,9 @@ def _draw(logits: Tensor, uniform: Tensor, sampling: Sampling, warp: LogitsProce
         return logits.argmax(-1)
     cumulative = warp(None, logits).softmax(-1).cumsum(-1, dtype=torch.float64)
     threshold = uniform[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+    tokens = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+    # Past the end only if the logits are not finite: the step is then skipped on all ranks, if all ranks get there.
+    return tokens.clamp(max=logits.shape[-1] - 1)
 
 
 def _idle_step(model: PreTrainedModel, device: torch.device) -> None:

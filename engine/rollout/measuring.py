@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from engine.algorithms.kl import sampled_kl
 from engine.algorithms.logprobs import chunked_full_kl
 from engine.distributed import comm
 from engine.distributed.gather import gathered
+from engine.distributed.initialize import Engine
 from engine.rollout.sequences import PaddedRows, Sequences, plan_micro_batches
 
 
@@ -40,9 +40,9 @@ def my_micro_batches(sequences: Sequences, *, token_budget: int) -> Iterator[Pad
 def measure(
     sequences: Sequences,
     *,
-    actor: DeepSpeedEngine,
-    ref: DeepSpeedEngine,
-    critic: DeepSpeedEngine,
+    actor: Engine,
+    ref: Engine,
+    critic: Engine,
     kl_estimator: str,
     temperature: float,
     chunk_tokens: int,
@@ -73,7 +73,7 @@ def measure(
 
 
 @torch.no_grad()
-def reward_model_scores(sequences: Sequences, reward: DeepSpeedEngine, *, token_budget: int) -> Tensor:
+def reward_model_scores(sequences: Sequences, reward: Engine, *, token_budget: int) -> Tensor:
     """(B,) fp32 on the CPU: the reward model's number at the last real token of each row. A collective."""
     scores = torch.zeros(len(sequences), device=comm.device())
     for batch in my_micro_batches(sequences, token_budget=token_budget):
@@ -90,7 +90,7 @@ def sequences_of_all_ranks(mine: Sequences) -> Sequences:
     return Sequences(tokens=tokens, prompt_lengths=prompt_lengths, response_lengths=response_lengths)
 
 
-def _full_kl(actor: DeepSpeedEngine, ref: DeepSpeedEngine, hidden: Tensor, ref_hidden: Tensor, given: dict) -> Tensor:
+def _full_kl(actor: Engine, ref: Engine, hidden: Tensor, ref_hidden: Tensor, given: dict) -> Tensor:
     head, ref_head = actor.module.head, ref.module.head
     with gathered([*head.parameters(), *ref_head.parameters()]):
         return chunked_full_kl(hidden, head.weight, head.bias, ref_hidden, ref_head.weight, ref_head.bias, **given)

@@ -45,7 +45,7 @@ def scores_of_function(
     if not prompts:
         return torch.empty(0)
     given = {name: values for name, values in columns.items() if name not in ("prompts", "responses")}
-    name = f"{function.__module__}:{function.__qualname__}"
+    name = getattr(function, "__qualname__", type(function).__qualname__)  # a callable object has no name of its own
     try:
         scores = function(prompts=prompts, responses=responses, **given)
     except Exception as error:  # the user's code: whatever it raises is shown with the function's name

@@ -1,0 +1,237 @@
+"""prompts.py and create_datasets: over-length policies, and batches that do not depend on the number of ranks."""
+
+import json
+from itertools import chain
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.config import DataConfig
+from engine.data import PromptBatch, create_datasets
+from engine.data.prompts import GlobalBatches, PromptDataset, create_prompt_dataloader
+from engine.data.sources import Source
+from engine.models.random_init import byte_tokenizer
+
+
+def dataset(*texts) -> PromptDataset:
+    rows = [{"prompt": text, "number": number} for number, text in enumerate(texts)]
+    source = Source("mine.jsonl", rows, [f"mine.jsonl, line {number}" for number in range(1, len(rows) + 1)])
+    return PromptDataset(source, "prompt", byte_tokenizer())
+
+
+def args(tmp_path, texts, *, per_iteration=4, iterations=None, epochs=1, seed=0, **data):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text, "n": n}) + "\n" for n, text in enumerate(texts)))
+    return SimpleNamespace(
+        data=DataConfig(train=str(path), **data),
+        prompts_per_iteration=per_iteration,
+        num_iterations=iterations,
+        num_train_epochs=epochs,
+        seed=seed,
+    )
+
+
+def joined(lists) -> list:
+    return list(chain.from_iterable(lists))
+
+
+def texts_of(tokens) -> list[str]:
+    return [byte_tokenizer().decode(ids) for ids in tokens]
+
+
+# Rows
+
+
+@pytest.mark.parametrize("bad", [None, 5, ["a"], {"role": "user"}])
+def test_a_prompt_that_is_no_text_is_named_with_its_place_and_column(bad):
+    with pytest.raises(ValueError, match=r"mine\.jsonl, line 2, column 'prompt': a prompt is a string"):
+        dataset("fine", bad)
+
+
+def test_a_row_without_the_column_is_named_with_its_place():
+    source = Source("mine.jsonl", [{"prompt": "a"}, {"promt": "b"}], ["mine.jsonl, line 1", "mine.jsonl, line 9"])
+    with pytest.raises(ValueError, match=r"mine\.jsonl, line 9, column 'prompt'"):
+        PromptDataset(source, "prompt", byte_tokenizer())
+
+
+def test_an_empty_prompt_is_named_with_its_place():
+    with pytest.raises(ValueError, match=r"mine\.jsonl, line 3, column 'prompt': the prompt is empty"):
+        dataset("a", "b", "")
+
+
+def test_messages_without_a_template_are_named_with_their_place():
+    with pytest.raises(ValueError, match=r"line 1, column 'prompt': .*chat template"):
+        dataset([{"role": "user", "content": "hi"}])
+
+
+# Too long
+
+
+def test_nothing_is_said_when_every_prompt_fits():
+    prompts = dataset("abc", "de")
+    assert prompts.limit_length(3, "error") is None
+    assert prompts.batch([0, 1]).texts == ["abc", "de"]
+
+
+def test_drop_leaves_the_others_and_says_how_many_went():
+    prompts = dataset("abcd", "ab", "abcdef", "abc")
+    said = prompts.limit_length(3, "drop")
+    assert "2 of 4 prompts of mine.jsonl exceed 3 tokens" in said and "dropped" in said
+    assert [prompts[index] for index in range(len(prompts))] == [1, 3]
+
+
+def test_drop_that_leaves_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"2 of 2 prompts.*leaves nothing.*--data\.max_prompt_tokens"):
+        dataset("abcd", "abcde").limit_length(3, "drop")
+
+
+def test_error_names_the_count_and_the_first_place():
+    with pytest.raises(
+        ValueError, match=r"2 of 4 prompts of mine\.jsonl exceed 3 tokens, first at mine\.jsonl, line 2"
+    ):
+        dataset("ab", "abcd", "a", "abcdef").limit_length(3, "error")
+
+
+@pytest.mark.parametrize(("policy", "kept"), [("truncate_left", ["ab", "def"]), ("truncate_right", ["ab", "abc"])])
+def test_truncation_keeps_one_end_and_says_how_many_were_cut(policy, kept):
+    prompts = dataset("ab", "abcdef")
+    said = prompts.limit_length(3, policy)
+    assert "1 of 2 prompts" in said and policy in said
+    batch = prompts.batch([0, 1])
+    assert texts_of(batch.tokens) == kept
+    assert len(prompts) == 2
+
+
+@pytest.mark.parametrize("policy", ["truncate_left", "truncate_right"])
+def test_a_score_function_sees_the_prompt_that_the_model_saw(policy):
+    prompts = dataset("abcdef")
+    prompts.limit_length(3, policy)
+    batch = prompts.batch([0])
+    assert batch.texts == texts_of(batch.tokens)
+
+
+# Batches
+
+
+def test_a_batch_carries_its_columns_and_row_numbers():
+    batch = dataset("a", "b", "c").batch([2, 0])
+    assert (batch.ids, batch.texts) == ([2, 0], ["c", "a"])
+    assert batch.columns == {"prompt": ["c", "a"], "number": [2, 0]}
+    assert texts_of(batch.tokens) == ["c", "a"]
+
+
+def test_repeated_keeps_samples_of_a_prompt_together():
+    batch = dataset("a", "b").batch([1, 0]).repeated(3)
+    assert batch.ids == [1, 1, 1, 0, 0, 0]
+    assert batch.columns["number"] == [1, 1, 1, 0, 0, 0]
+    assert texts_of(batch.tokens) == batch.texts == ["b", "b", "b", "a", "a", "a"]
+    assert len(batch) == 6
+
+
+def epoch(num_rows, batch_size, world_size, *, seed=0, epochs=1):
+    """Per epoch the batches, per batch each rank's rows."""
+    samplers = [
+        GlobalBatches(num_rows, batch_size, seed=seed, rank=rank, world_size=world_size) for rank in range(world_size)
+    ]
+    return [list(zip(*(list(sampler) for sampler in samplers), strict=True)) for _ in range(epochs)]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 5), st.integers(1, 5))
+def test_the_ranks_together_draw_what_one_rank_draws_alone(num_rows, batch_size, seed, world_size):
+    alone = [list(rows) for (rows,) in epoch(num_rows, batch_size, 1, seed=seed)[0]]
+    shared = epoch(num_rows, batch_size, world_size, seed=seed)[0]
+    assert [joined(parts) for parts in shared] == alone
+    for parts in shared:
+        sizes = [len(part) for part in parts]
+        assert max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
+    flat = joined(alone)
+    assert sorted(flat) == list(range(num_rows))
+    assert [len(batch) for batch in alone[:-1]] == [batch_size] * (len(alone) - 1)
+    sampler = GlobalBatches(num_rows, batch_size, seed=seed, rank=0, world_size=world_size)
+    assert len(sampler) == len(alone)
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    first, second, third = ([rows for (rows,) in one] for one in epoch(50, 10, 1, epochs=3))
+    other_seed = [rows for (rows,) in epoch(50, 10, 1, seed=1)[0]]
+    assert len({str(order) for order in (first, second, third, other_seed)}) == 4
+    assert [rows for (rows,) in epoch(50, 10, 1, epochs=2)[1]] == second
+
+
+def test_fewer_prompts_than_ranks_leave_the_last_ranks_empty():
+    ((parts,),) = epoch(2, 8, 3)
+    assert [len(part) for part in parts] == [1, 1, 0]
+    assert sorted(joined(parts)) == [0, 1]
+
+
+def test_an_empty_share_is_an_empty_batch(tmp_path):
+    loader, total = create_prompt_dataloader(args(tmp_path, ["a", "b"]), byte_tokenizer(), rank=2, world_size=3)
+    (batch,) = list(loader)
+    assert total == 1
+    assert len(batch) == 0 and batch.tokens == [] and batch.columns == {"prompt": [], "n": []}
+    assert len(batch.repeated(4)) == 0
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_dataloaders_of_all_ranks_make_up_the_dataset(tmp_path, world_size):
+    texts = [f"prompt {number}" for number in range(7)]
+    given = args(tmp_path, texts)
+    loaders = [
+        create_prompt_dataloader(given, byte_tokenizer(), rank=rank, world_size=world_size)[0]
+        for rank in range(world_size)
+    ]
+    batches = list(zip(*loaders, strict=True))
+    assert [sum(len(part) for part in parts) for parts in batches] == [4, 3]
+    seen = [(row, text) for parts in batches for part in parts for row, text in zip(part.ids, part.texts, strict=True)]
+    assert sorted(seen) == list(enumerate(texts))
+    alone = create_prompt_dataloader(given, byte_tokenizer(), rank=0, world_size=1)[0]
+    assert [row for row, _ in seen] == [row for batch in alone for row in batch.ids]
+
+
+def test_dropped_prompts_never_come_up_and_are_counted_once(tmp_path, capsys):
+    given = args(tmp_path, ["abcd", "ab", "abcdef", "abc", "a"], per_iteration=2, max_prompt_tokens=3)
+    loader, total = create_prompt_dataloader(given, byte_tokenizer(), rank=0, world_size=1)
+    assert "2 of 5 prompts" in capsys.readouterr().out
+    assert sorted(text for batch in loader for text in batch.texts) == ["a", "ab", "abc"]
+    assert sorted(row for batch in loader for row in batch.ids) == [1, 3, 4]
+    assert total == 2
+    create_prompt_dataloader(given, byte_tokenizer(), rank=1, world_size=2)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_number_of_iterations(tmp_path):
+    texts = ["x"] * 9
+    assert create_prompt_dataloader(args(tmp_path, texts, epochs=3), byte_tokenizer(), rank=0, world_size=1)[1] == 9
+    given = args(tmp_path, texts, epochs=3, iterations=5)
+    assert create_prompt_dataloader(given, byte_tokenizer(), rank=0, world_size=1)[1] == 5
+
+
+# create_datasets
+
+
+def test_create_datasets_takes_its_share_from_the_launchers_variables(tmp_path, monkeypatch):
+    given = args(tmp_path, [f"p{number}" for number in range(6)], per_iteration=6)
+
+    def rows(rank, world_size):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+        loader, total = create_datasets(given, byte_tokenizer(), 3)
+        (batch,) = list(loader)
+        assert isinstance(batch, PromptBatch) and total == 1
+        return batch.ids
+
+    alone = rows(0, 1)
+    assert rows(0, 2) == alone[:3] and rows(1, 2) == alone[3:]
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    (batch,) = list(create_datasets(given, byte_tokenizer(), 3)[0])
+    assert batch.ids == alone
+
+
+@pytest.mark.parametrize("phase", [1, 2, 4, "3", None])
+def test_create_datasets_refuses_another_phase(tmp_path, phase):
+    with pytest.raises(ValueError, match="train_phase="):
+        create_datasets(args(tmp_path, ["a"]), byte_tokenizer(), phase)

@@ -1,0 +1,120 @@
+"""scoring.py: what a user's score function is given and what it may give back."""
+
+import math
+
+import pytest
+import torch
+
+from engine.rollout.scoring import load_score_function, scores_of_function
+
+PROMPTS, RESPONSES = ["p", "q"], ["a", "bcd"]
+
+
+def scores(function, **columns):
+    return scores_of_function(function, PROMPTS, RESPONSES, columns)
+
+
+def test_scores_are_fp32_in_the_order_of_responses():
+    got = scores(lambda prompts, responses: [len(response) for response in responses])
+    assert torch.equal(got, torch.tensor([1.0, 3.0])) and got.dtype == torch.float32
+
+
+@pytest.mark.parametrize("value", [torch.tensor([0.5, -1.0]), (0.5, -1.0), iter([0.5, -1.0])])
+def test_tensors_and_other_iterables_of_numbers_will_do(value):
+    assert scores(lambda **given: value).tolist() == [0.5, -1.0]
+
+
+def test_text_and_columns_are_passed():
+    seen = {}
+
+    def function(**given):
+        seen.update(given)
+        return [0, 0]
+
+    scores(function, answer=["1", "2"], level=[3, 4])
+    assert seen == dict(prompts=PROMPTS, responses=RESPONSES, answer=["1", "2"], level=[3, 4])
+
+
+def test_columns_called_like_the_text_give_way_to_it():
+    def function(prompts, responses, answer):
+        assert (prompts, responses, answer) == (PROMPTS, RESPONSES, [1, 2])
+        return [0, 0]
+
+    assert scores(function, prompts=["x", "y"], responses=["x", "y"], answer=[1, 2]).tolist() == [0, 0]
+
+
+def test_no_rows_call_nothing():
+    def function(**given):
+        raise AssertionError("called without rows")
+
+    assert scores_of_function(function, [], [], {"answer": []}).shape == (0,)
+
+
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_a_wrong_number_of_scores_is_refused_with_both_numbers(number):
+    with pytest.raises(ValueError, match=f"returned {number} scores for 2 responses"):
+        scores(lambda **given: [0.0] * number)
+
+
+def test_what_it_raises_is_shown_with_its_name():
+    def picky(prompts, responses):
+        raise KeyError("no such answer")
+
+    with pytest.raises(ValueError, match=r"picky raised KeyError: .*no such answer") as error:
+        scores(picky)
+    assert isinstance(error.value.__cause__, KeyError)
+
+
+def test_a_missing_argument_is_shown_with_its_name():
+    def wants_more(prompts, responses, answer):
+        return [0, 0]
+
+    with pytest.raises(ValueError, match=r"wants_more raised TypeError: .*answer"):
+        scores(wants_more)
+
+
+@pytest.mark.parametrize("value", [None, 7, ["a", "b"], [None, 1.0], [[1.0], [2.0]], [1.0, {}]])
+def test_what_is_not_a_list_of_numbers_is_refused(value):
+    def odd(**given):
+        return value
+
+    with pytest.raises(ValueError, match=r"odd returned something that is not a list of numbers"):
+        scores(odd)
+
+
+def test_nan_is_let_through():
+    assert [math.isnan(score) for score in scores(lambda **given: [float("nan"), 1.0]).tolist()] == [True, False]
+
+
+# Finding it
+
+
+def test_the_named_function_is_found():
+    assert load_score_function("math:sqrt") is math.sqrt
+
+
+def test_an_unknown_module_is_named_with_what_to_do():
+    with pytest.raises(ValueError, match=r"reward\.function=no_such_module:f: importing no_such_module .*PYTHONPATH"):
+        load_score_function("no_such_module:f")
+
+
+@pytest.mark.parametrize("name", ["square_root", "pi"])
+def test_an_unknown_function_or_one_that_cannot_be_called_is_named(name):
+    with pytest.raises(ValueError, match=f"math has no function {name}"):
+        load_score_function(f"math:{name}")
+
+
+def test_a_callable_object_is_a_score_function(tmp_path, monkeypatch):
+    (tmp_path / "scorer_of_tests.py").write_text(
+        "from functools import partial\n"
+        "class Longest:\n"
+        "    def __call__(self, prompts, responses):\n"
+        "        return [len(response) for response in responses]\n"
+        "longest = Longest()\n"
+        "def _scaled(scale, prompts, responses):\n"
+        "    return [scale * len(response) for response in responses]\n"
+        "twice = partial(_scaled, 2)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert scores(load_score_function("scorer_of_tests:longest")).tolist() == [1, 3]
+    assert scores(load_score_function("scorer_of_tests:twice")).tolist() == [2, 6]

@@ -1,0 +1,187 @@
+"""sequences.py against slow Python: lists of lists in place of flat tensors."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.rollout.sequences import Sequences, plan_micro_batches, ragged_index
+
+# (prompt, response) lengths; responses of 0, 1 and many tokens
+LENGTHS = st.lists(st.tuples(st.integers(1, 6), st.integers(0, 7)), min_size=1, max_size=9)
+
+
+def token_lists(lengths):
+    """Distinct tokens, so that a misplaced one is seen: 1000 x row + 100 x part + column."""
+    prompts = [[1000 * row + column + 1 for column in range(prompt)] for row, (prompt, _) in enumerate(lengths)]
+    responses = [[1000 * row + 100 + column for column in range(response)] for row, (_, response) in enumerate(lengths)]
+    return prompts, responses
+
+
+def sequences(lengths) -> Sequences:
+    return Sequences.of(*token_lists(lengths))
+
+
+def same(one: Sequences, other: Sequences) -> bool:
+    return all(
+        torch.equal(getattr(one, name), getattr(other, name))
+        for name in ("tokens", "prompt_lengths", "response_lengths")
+    )
+
+
+# ragged_index
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=8), st.data())
+def test_ragged_index_picks_rows_of_a_flat_tensor(lengths, data):
+    rows = data.draw(st.lists(st.integers(0, len(lengths) - 1), max_size=8))
+    flat = [(row, column) for row, length in enumerate(lengths) for column in range(length)]
+    index = ragged_index(torch.tensor(lengths), torch.tensor(rows, dtype=torch.int64))
+    assert index.dtype == torch.int64
+    assert [flat[at] for at in index.tolist()] == [(row, column) for row in rows for column in range(lengths[row])]
+
+
+# Sequences
+
+
+def test_rows_are_kept_flat_prompt_before_response():
+    both = Sequences.of([[5, 6], [7]], [[8], [9, 10]])
+    assert both.tokens.tolist() == [5, 6, 8, 7, 9, 10]
+    assert (both.prompt_lengths.tolist(), both.response_lengths.tolist()) == ([2, 1], [1, 2])
+    assert (len(both), both.num_response_tokens, both.lengths.tolist()) == (2, 3, [3, 3])
+
+
+def test_prompts_and_responses_must_pair_up():
+    with pytest.raises(ValueError, match="shorter"):
+        Sequences.of([[1], [2]], [[3]])
+
+
+@settings(deadline=None, max_examples=60)
+@given(LENGTHS, st.data())
+def test_picking_rows(lengths, data):
+    rows = data.draw(st.lists(st.integers(0, len(lengths) - 1), max_size=9))
+    prompts, responses = token_lists(lengths)
+    picked = sequences(lengths)[torch.tensor(rows, dtype=torch.int64)]
+    assert same(picked, Sequences.of([prompts[row] for row in rows], [responses[row] for row in rows]))
+
+
+def test_no_rows_at_all():
+    nothing = Sequences.of([], [])
+    assert (len(nothing), nothing.num_response_tokens, nothing.tokens.dtype) == (0, 0, torch.int64)
+    assert same(sequences([(2, 1)])[torch.empty(0, dtype=torch.int64)], nothing)
+
+
+@pytest.mark.parametrize(
+    ("given_", "named"),
+    [
+        (dict(tokens=[1, 2, 3], prompt_lengths=[1, 1], response_lengths=[1]), r"Sequences\.response_lengths"),
+        (dict(tokens=[1, 2, 3], prompt_lengths=[1], response_lengths=[1]), r"Sequences\.tokens has 3 tokens.*2"),
+        (dict(tokens=[1], prompt_lengths=[1], response_lengths=[1]), r"Sequences\.tokens has 1"),
+        (dict(tokens=[1, 2], prompt_lengths=[2, 0], response_lengths=[0, 0]), r"Sequences\.prompt_lengths"),
+    ],
+)
+def test_a_shape_that_does_not_fit_is_refused_by_name(given_, named):
+    with pytest.raises(ValueError, match=named):
+        Sequences(**{name: torch.tensor(values) for name, values in given_.items()})
+
+
+def test_a_prompt_without_tokens_is_refused():
+    with pytest.raises(ValueError, match="prompt"):
+        Sequences.of([[1], []], [[2], [3]])
+
+
+# One model input
+
+
+@settings(deadline=None, max_examples=80)
+@given(LENGTHS, st.data())
+def test_padded_rows_against_loops(lengths, data):
+    rows = data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=6, unique=True))
+    prompts, responses = token_lists(lengths)
+    batch = sequences(lengths).padded(torch.tensor(rows), torch.device("cpu"))
+    whole = [prompts[row] + responses[row] for row in rows]
+    width = max(map(len, whole))
+    assert batch.input_ids.shape == (len(rows), width)
+    for line, row in enumerate(whole):
+        assert batch.input_ids[line, : len(row)].tolist() == row
+        assert batch.input_ids.flatten()[batch.last_positions[line]] == row[-1]
+    assert [response for row in rows for response in responses[row]] == batch.targets.tolist()
+    before = [token for row, line in zip(rows, whole, strict=True) for token in line[len(prompts[row]) - 1 : -1]]
+    assert batch.input_ids.flatten()[batch.positions].tolist() == before
+    # ... and it is the right row's state, not one that happens to hold the same token
+    lines = [line for line, row in enumerate(rows) for _ in responses[row]]
+    assert (batch.positions // width).tolist() == lines
+    flat = [token for response in responses for token in response]
+    assert [flat[at] for at in batch.response_tokens.tolist()] == batch.targets.tolist()
+    assert batch.rows.tolist() == rows
+
+
+def test_padded_rows_by_hand():
+    batch = Sequences.of([[5, 6], [7]], [[8], [9, 10, 11]]).padded(torch.tensor([1, 0]), torch.device("cpu"))
+    assert batch.input_ids[0].tolist() == [7, 9, 10, 11]
+    assert batch.input_ids[1, :3].tolist() == [5, 6, 8]
+    assert batch.positions.tolist() == [0, 1, 2, 5]
+    assert batch.targets.tolist() == [9, 10, 11, 8]
+    assert batch.last_positions.tolist() == [3, 6]
+    assert batch.response_tokens.tolist() == [1, 2, 3, 0]
+
+
+def test_an_empty_micro_batch_is_one_row_of_one_token():
+    batch = sequences([(2, 3)]).padded(torch.empty(0, dtype=torch.int64), torch.device("cpu"))
+    assert batch.input_ids.shape == (1, 1)
+    for name in ("positions", "targets", "last_positions", "rows", "response_tokens"):
+        assert getattr(batch, name).shape == (0,) and getattr(batch, name).dtype == torch.int64
+
+
+def test_rows_whose_responses_are_all_empty():
+    batch = sequences([(2, 0), (4, 0)]).padded(torch.tensor([0, 1]), torch.device("cpu"))
+    assert batch.input_ids.shape == (2, 4) and len(batch.positions) == 0
+    assert batch.last_positions.tolist() == [1, 7]
+
+
+# Dealing rows out
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 120), st.integers(1, 5))
+def test_the_plan_keeps_its_promises(lengths, budget, num_ranks):
+    plan = plan_micro_batches(torch.tensor(lengths, dtype=torch.int64), token_budget=budget, num_ranks=num_ranks)
+    assert len(plan) == num_ranks
+    assert sorted(row for rank in plan for rows in rank for row in rows.tolist()) == list(range(len(lengths)))
+    assert len({len(rank) for rank in plan}) == 1
+    loads = [sum(lengths[row] for rows in rank for row in rows.tolist()) for rank in plan]
+    assert max(loads) - min(loads) <= max(lengths, default=0)
+    for rank in plan:
+        sizes = [[lengths[row] for row in rows.tolist()] for rows in rank]
+        assert all(len(micro) <= 1 or len(micro) * max(micro) <= budget for micro in sizes)
+        # No forward pass more than needed: the next row never fitted into the batch before it.
+        full = [micro for micro in sizes if micro]
+        assert sizes[: len(full)] == full
+        for here, following in itertools.pairwise(full):
+            assert (len(here) + 1) * max(here) > budget and min(here) >= max(following)
+        assert all(rows.dtype == torch.int64 for rows in rank)
+
+
+def test_the_plan_by_hand():
+    lengths = torch.tensor([3, 9, 4, 8, 2])  # longest first: 9 -> rank 0, 8 -> 1, 4 -> 1, 3 -> 0, 2 -> 0 or 1 (12 = 12)
+    first, second = plan_micro_batches(lengths, token_budget=9, num_ranks=2)
+    assert [rows.tolist() for rows in first] == [[1], [0, 4]]
+    assert [rows.tolist() for rows in second] == [[3], [2]]
+
+
+def test_the_plan_is_the_same_whoever_makes_it():
+    lengths = torch.tensor([5, 5, 5, 1, 9, 9, 3])
+    one, other = (plan_micro_batches(lengths.clone(), token_budget=12, num_ranks=3) for _ in range(2))
+    assert [[rows.tolist() for rows in rank] for rank in one] == [[rows.tolist() for rows in rank] for rank in other]
+
+
+def test_no_rows_make_no_passes_on_any_rank():
+    assert plan_micro_batches(torch.empty(0, dtype=torch.int64), token_budget=4, num_ranks=3) == [[], [], []]
+
+
+def test_fewer_rows_than_ranks_give_the_others_empty_passes():
+    plan = plan_micro_batches(torch.tensor([4]), token_budget=8, num_ranks=3)
+    assert sorted(len(rows) for rank in plan for rows in rank) == [0, 0, 1]

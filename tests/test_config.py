@@ -1,0 +1,374 @@
+"""config.py and ds_configs/: what a command line may say, what is refused with which advice, what is written back."""
+
+import re
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+import yaml
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+from engine.config import (
+    DataConfig,
+    FrozenRoleConfig,
+    PPOConfig,
+    RewardConfig,
+    RolloutConfig,
+    TrackingConfig,
+    TrainedRoleConfig,
+    as_dict,
+    parse,
+    resolved_dtype,
+)
+from engine.distributed.zero_config import frozen_config, training_config
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
+DS_FILES = sorted((ROOT / "ds_configs").glob("*.json"))
+RECIPE = """
+actor: {model_name_or_path: some/actor, learning_rate: 1e-4}
+reward: {model_name_or_path: some/reward}
+data: {train: prompts.jsonl}
+rollout: {temperature: 0.7}
+rollout_batch_size: 64
+seed: 3
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return ["--config", str(path), "--output_dir", "out"]
+
+
+def config(**changes) -> PPOConfig:
+    given = dict(
+        actor=TrainedRoleConfig(model_name_or_path="some/actor"),
+        reward=RewardConfig(model_name_or_path="some/reward"),
+        data=DataConfig(train="prompts.jsonl"),
+        output_dir="out",
+    )
+    return PPOConfig(**given | changes)
+
+
+def suggested(error) -> list[str]:
+    """The command-line words after `Try`."""
+    return re.search(r"Try (--.*)\.", str(error.value)).group(1).split()
+
+
+# parse
+
+
+def test_a_recipe_and_later_overrides_win_over_the_defaults(recipe):
+    parsed = parse(PPOConfig, [*recipe, "--actor.zero_stage", "3", "--seed", "5", "--rollout.top_k", "7"])
+    assert parsed.actor == TrainedRoleConfig(model_name_or_path="some/actor", learning_rate=1e-4, zero_stage=3)
+    assert parsed.rollout == RolloutConfig(temperature=0.7, top_k=7)
+    assert (parsed.seed, parsed.rollout_batch_size, parsed.minibatch_size) == (5, 64, 32)
+    assert parsed.critic == TrainedRoleConfig(learning_rate=5e-6)
+    assert parsed.output_dir == "out"
+
+
+@pytest.mark.parametrize(
+    "typo",
+    [
+        ["--actor.zero_stages", "3"],
+        ["--actor.zero_stag", "3"],  # a prefix of a real name
+        ["--rollout_batch", "64"],
+        ["--zero", "2"],
+        ["--kl", "0.1"],
+        ["--rollout.temp", "0.5"],
+    ],
+)
+def test_an_unknown_name_is_refused_by_name(recipe, typo):
+    with pytest.raises(ValueError, match=re.escape(typo[0].lstrip("-").split(".")[-1])):
+        parse(PPOConfig, recipe + typo)
+
+
+@pytest.mark.parametrize("line", ["zero_stag: 3", "seeds: 1", "actor.learning_rat: 1.0"])
+def test_an_unknown_name_in_a_recipe_is_refused_by_name(tmp_path, line):
+    path = tmp_path / "typo.yaml"
+    path.write_text(RECIPE + line + "\n")
+    with pytest.raises(ValueError, match=line.split(":")[0].split(".")[-1]):
+        parse(PPOConfig, ["--config", str(path), "--output_dir", "out"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("--seed", "abc"),
+        ("--rollout_batch_size", "3.5"),
+        ("--actor.learning_rate", "fast"),
+        ("--zero_stage", "4"),
+        ("--dtype", "float8"),
+        ("--kl_estimator", "k4"),
+        ("--actor.gradient_checkpointing", "perhaps"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_by_name(recipe, name, value):
+    with pytest.raises(ValueError, match=re.escape(name[2:])):
+        parse(PPOConfig, [*recipe, name, value])
+
+
+def test_a_missing_recipe_is_a_readable_error():
+    with pytest.raises(ValueError, match=r"nowhere\.yaml"):
+        parse(PPOConfig, ["--config", "nowhere.yaml", "--output_dir", "out"])
+
+
+def test_the_launchers_own_argument_is_not_a_setting(recipe):
+    assert parse(PPOConfig, [*recipe, "--local_rank", "1"]) == parse(PPOConfig, recipe)
+
+
+# What is written down starts the same run
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(
+            seed=7,
+            zero_stage=3,
+            kl_coef=1e-7,
+            num_iterations=4,
+            actor=TrainedRoleConfig(model_name_or_path="random://llama?a=1&b=2", learning_rate=3e-7, ds_config=None),
+            ref=FrozenRoleConfig(zero_stage=0),
+            tracking=TrackingConfig(wandb="disabled", run_name="ja: nein"),
+        ),
+        dict(
+            reward=RewardConfig(function="mine:score"), rollout=RolloutConfig(micro_batch_size=3, samples_per_prompt=2)
+        ),
+    ],
+)
+def test_config_yaml_parses_back_to_the_same_config(tmp_path, changes):
+    written = config(**changes)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(as_dict(written), sort_keys=False))
+    assert parse(PPOConfig, ["--config", str(path)]) == written
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_every_recipe_in_the_checkout_parses(path):
+    parsed = parse(PPOConfig, ["--config", str(path), "--output_dir", "out"])
+    written = yaml.safe_load(path.read_text())
+    assert parsed.actor.model_name_or_path == written["actor"]["model_name_or_path"]
+    assert parsed.output_dir == "out"
+    parsed.check_world_size(1)
+    parsed.check_world_size(2)
+
+
+def test_there_are_recipes_and_ds_configs():
+    assert RECIPES and len(DS_FILES) >= 4
+
+
+# Values that cannot work
+
+
+def test_scores_come_from_one_source():
+    with pytest.raises(ValueError, match="neither is set"):
+        RewardConfig()
+    with pytest.raises(ValueError, match="not both"):
+        RewardConfig(model_name_or_path="some/reward", function="mine:score")
+    with pytest.raises(ValueError, match=r"reward\.model_name_or_path.*reward\.function"):
+        RewardConfig()
+
+
+@pytest.mark.parametrize("spec", ["mine", "mine.score", "a:b:c"])
+def test_a_score_function_is_module_and_function(spec):
+    with pytest.raises(ValueError, match="module:function"):
+        RewardConfig(function=spec)
+
+
+def test_sharding_of_a_score_function_is_refused():
+    with pytest.raises(ValueError, match=r"reward\.zero_stage"):
+        config(reward=RewardConfig(function="mine:score", zero_stage=3))
+
+
+@pytest.mark.parametrize(
+    ("build", "named"),
+    [
+        (lambda: config(actor=TrainedRoleConfig()), "actor.model_name_or_path"),
+        (lambda: config(minibatch_size=0), "minibatch_size"),
+        (lambda: config(ppo_epochs=0), "ppo_epochs"),
+        (lambda: config(num_iterations=0), "num_iterations"),
+        (lambda: config(kl_coef=-0.1), "kl_coef"),
+        (lambda: config(kl_coef=float("nan")), "kl_coef"),
+        (lambda: config(clip_range=-1.0), "clip_range"),
+        (lambda: RolloutConfig(temperature=0.0), "rollout.temperature"),
+        (lambda: RolloutConfig(temperature=float("nan")), "rollout.temperature"),
+        (lambda: RolloutConfig(top_p=0.0), "rollout.top_p"),
+        (lambda: RolloutConfig(top_p=1.1), "rollout.top_p"),
+        (lambda: RolloutConfig(top_k=-1), "rollout.top_k"),
+        (lambda: RolloutConfig(max_response_tokens=0), "rollout.max_response_tokens"),
+        (lambda: RolloutConfig(max_response_tokens=4, min_response_tokens=5), "rollout.min_response_tokens"),
+        (lambda: RolloutConfig(micro_batch_size=0), "rollout.micro_batch_size"),
+        (lambda: DataConfig(train="x", max_prompt_tokens=0), "data.max_prompt_tokens"),
+        (lambda: DataConfig(train="x", max_samples=0), "data.max_samples"),
+        (lambda: TrainedRoleConfig(learning_rate=-1.0), "learning_rate"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(build, named):
+    with pytest.raises(ValueError, match=re.escape(named)):
+        build()
+
+
+def test_minibatches_that_do_not_divide_the_rollout_are_refused_with_a_size_that_works():
+    with pytest.raises(ValueError, match="rollout_batch_size=100 is not a multiple of minibatch_size=32") as error:
+        config(rollout_batch_size=100, minibatch_size=32)
+    assert suggested(error) == ["--rollout_batch_size", "128"]
+    assert config(rollout_batch_size=128, minibatch_size=32).steps_per_iteration == 4
+
+
+@pytest.mark.parametrize(
+    ("rollout", "minibatch", "samples"), [(10, 4, 1), (10, 4, 5), (100, 32, 3), (8, 8, 3), (16, 4, 6), (30, 20, 30)]
+)
+def test_the_suggested_rollout_batch_size_really_works(rollout, minibatch, samples):
+    sizes = dict(minibatch_size=minibatch, micro_batch_size=1, rollout=RolloutConfig(samples_per_prompt=samples))
+    with pytest.raises(ValueError, match="is not a multiple of") as error:
+        config(rollout_batch_size=rollout, **sizes)
+    flag, value = suggested(error)
+    assert flag == "--rollout_batch_size"
+    assert config(rollout_batch_size=int(value), **sizes).rollout_batch_size >= rollout
+
+
+@pytest.mark.parametrize(
+    ("minibatch", "micro", "world"), [(30, 2, 4), (32, 3, 1), (32, 4, 3), (4, 4, 2), (20, 8, 1), (24, 16, 2)]
+)
+def test_the_suggested_minibatch_size_really_works(minibatch, micro, world):
+    refused = config(rollout_batch_size=minibatch * 2, minibatch_size=minibatch, micro_batch_size=micro)
+    with pytest.raises(ValueError, match=f"{micro} x {world} = {micro * world}") as error:
+        refused.check_world_size(world)
+    words = suggested(error)  # one flag, or several that work together
+    values = {flag[2:]: int(value) for flag, value in zip(words[::2], words[1::2], strict=True)}
+    replace(refused, **values).check_world_size(world)
+
+
+def test_sizes_that_divide_are_accepted_and_only_those():
+    for minibatch, micro, world in product((4, 6, 12, 24), (1, 2, 3, 4), (1, 2, 3)):
+        run = config(rollout_batch_size=24, minibatch_size=minibatch, micro_batch_size=micro)
+        if minibatch in range(0, 25, micro * world):
+            run.check_world_size(world)
+        else:
+            with pytest.raises(ValueError, match="minibatch_size"):
+                run.check_world_size(world)
+
+
+def test_derived_sizes():
+    run = config(
+        rollout_batch_size=24,
+        minibatch_size=12,
+        micro_batch_size=3,
+        ppo_epochs=5,
+        data=DataConfig(train="x", max_prompt_tokens=10),
+        rollout=RolloutConfig(max_response_tokens=7, samples_per_prompt=4),
+    )
+    assert run.prompts_per_iteration == 6
+    assert run.steps_per_iteration == 10
+    assert run.micro_batch_tokens == 51
+    assert run.rollout_micro_batch_size == 24
+    assert replace(run, rollout=RolloutConfig(micro_batch_size=2)).rollout_micro_batch_size == 2
+
+
+def test_dtype_auto_follows_the_device():
+    assert resolved_dtype("auto", on_gpu=True) == "bfloat16"
+    assert resolved_dtype("auto", on_gpu=False) == "float32"
+    assert resolved_dtype("float16", on_gpu=False) == "float16"
+
+
+# Which model and which sharding a role gets
+
+
+def test_models_of_roles_that_name_none():
+    run = config()
+    assert [run.model_of(role) for role in ("actor", "critic", "ref", "reward")] == [
+        "some/actor",
+        "some/reward",
+        "some/actor",
+        "some/reward",
+    ]
+    run = config(reward=RewardConfig(function="mine:score"))
+    assert (run.model_of("critic"), run.model_of("reward")) == ("some/actor", None)
+    run = config(
+        critic=TrainedRoleConfig(model_name_or_path="a/critic"), ref=FrozenRoleConfig(model_name_or_path="a/ref")
+    )
+    assert (run.model_of("critic"), run.model_of("ref")) == ("a/critic", "a/ref")
+
+
+def test_the_roles_own_sharding_wins_over_the_runs(tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text("{}")
+    run = config(
+        zero_stage=1,
+        actor=TrainedRoleConfig(model_name_or_path="a", zero_stage=3),
+        ref=FrozenRoleConfig(ds_config=str(file)),
+    )
+    assert run.ds_config_of("actor") == ROOT / "ds_configs" / "zero3.json"
+    assert run.ds_config_of("critic") == ROOT / "ds_configs" / "zero1.json"
+    assert run.ds_config_of("ref") == file
+    assert config().ds_config_of("actor") == ROOT / "ds_configs" / "zero2.json"
+    assert config(ds_config=str(file)).ds_config_of("reward") == file
+    stage0 = config(zero_stage=3, critic=TrainedRoleConfig(zero_stage=0))
+    assert stage0.ds_config_of("critic") == ROOT / "ds_configs" / "zero0.json"
+
+
+def test_a_stage_and_a_file_together_are_refused(tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text("{}")
+    with pytest.raises(ValueError, match=r"Set zero_stage or ds_config, not both"):
+        config(zero_stage=2, ds_config=str(file))
+    with pytest.raises(ValueError, match=r"Set critic\.zero_stage or critic\.ds_config"):
+        config(critic=TrainedRoleConfig(zero_stage=2, ds_config=str(file)))
+    # One from the role and one from the run is no clash: the role's wins.
+    assert config(zero_stage=2, ref=FrozenRoleConfig(ds_config=str(file))).ds_config_of("ref") == file
+
+
+def test_a_missing_ds_config_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"actor\.ds_config=nowhere\.json"):
+        config(actor=TrainedRoleConfig(model_name_or_path="a", ds_config="nowhere.json"))
+
+
+# DeepSpeed's files
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("path", DS_FILES, ids=lambda path: path.name)
+def test_every_ds_config_is_accepted_for_trained_and_frozen_roles(path, dtype):
+    trained, frozen = training_config(path, dtype=dtype, max_grad_norm=0.5), frozen_config(path, dtype=dtype)
+    stage = int(re.search(r"zero(\d)", path.name).group(1))
+    trained_zero = DeepSpeedZeroConfig(**trained["zero_optimization"])
+    frozen_zero = DeepSpeedZeroConfig(**frozen["zero_optimization"])
+    assert trained_zero.stage == (1 if stage == 0 and dtype != "float32" else stage)
+    assert frozen_zero.stage == (3 if stage == 3 else 0)
+    assert frozen_zero.offload_optimizer is None
+    assert trained["gradient_clipping"] == 0.5 and "gradient_clipping" not in frozen
+    for made in (trained, frozen):
+        assert made["train_micro_batch_size_per_gpu"] == made["gradient_accumulation_steps"] == 1
+        assert ("bf16" in made, "fp16" in made) == (dtype == "bfloat16", dtype == "float16")
+
+
+def test_bf16_gradients_are_checked_for_overflow():
+    made = training_config(DS_FILES[0], dtype="bfloat16", max_grad_norm=1.0)
+    assert made["bf16"] == {"enabled": True, "check_grad_overflow": True}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"train_batch_size": 8}', "train_batch_size"),
+        ('{"bf16": {"enabled": true}}', "bf16"),
+        ('{"zero_optimisation": {"stage": 3}}', "zero_optimisation"),
+        ('{"zero_optimization": {"stage": 3, "stage3_max_live_params": 0}}', "stage3_max_live_params"),
+        ('{"zero_optimization": ', "not valid JSON"),
+    ],
+)
+def test_a_ds_config_with_a_foreign_or_misspelt_key_is_refused_by_name(tmp_path, text, said):
+    path = tmp_path / "mine.json"
+    path.write_text(text)
+    for make in (
+        lambda: training_config(path, dtype="float32", max_grad_norm=1.0),
+        lambda: frozen_config(path, dtype="float32"),
+    ):
+        with pytest.raises(ValueError, match=said) as error:
+            make()
+        assert "mine.json" in str(error.value)

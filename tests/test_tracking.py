@@ -1,0 +1,190 @@
+"""tracking.py: what is written, what is kept, and that no logger ever stops a run."""
+
+import json
+import math
+import sys
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from engine.config import TrackingConfig
+from engine.tracking import Tracker
+
+OFF = TrackingConfig(wandb="disabled")
+METRICS = {
+    "score/mean": 1.5,
+    "kl/ref_mean": 0.25,
+    "response/length_mean": 7.0,
+    "time/train_s": 0.5,
+    "time/score_s": 1.0,
+}
+SAMPLES = [{"iteration": 1, "prompt": "Grüße", "response": "日本\n", "score": 2.0}]
+
+
+def tracker(folder, config=OFF, *, is_main=True, run_config=None) -> Tracker:
+    return Tracker(folder, config, run_config=run_config or {"seed": 3}, num_iterations=4, is_main=is_main)
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def strict(text):
+    """JSON as every other language reads it: no NaN, no Infinity."""
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_every_iteration_is_a_line_and_every_sample_too(tmp_path):
+    out = tmp_path / "a" / "b"
+    with tracker(out) as track:
+        track.log(1, METRICS, SAMPLES)
+        track.log(2, METRICS | {"score/mean": 2.5}, SAMPLES * 2)
+        # Written at once, not when the run ends: a killed run keeps what it reported.
+        assert len(lines(out / "metrics.jsonl")) == 2 and len(lines(out / "samples.jsonl")) == 3
+    assert lines(out / "metrics.jsonl") == [{"iteration": 1, **METRICS}, {"iteration": 2, **METRICS, "score/mean": 2.5}]
+    assert lines(out / "samples.jsonl") == SAMPLES * 3
+    assert "日本" in (out / "samples.jsonl").read_text(encoding="utf-8")
+    assert yaml.safe_load((out / "config.yaml").read_text()) == {"seed": 3}
+
+
+def test_the_progress_line_says_the_iteration_and_the_score(tmp_path, capsys):
+    with tracker(tmp_path) as track:
+        track.log(2, METRICS, [])
+    said = capsys.readouterr().out
+    assert "iteration 2/4" in said and "score/mean 1.5" in said and "kl/ref_mean 0.25" in said and "1.50 s" in said
+
+
+def test_an_earlier_runs_metrics_are_kept_aside(tmp_path, capsys):
+    for number in (1, 2):
+        with tracker(tmp_path) as track:
+            track.log(number, METRICS, SAMPLES)
+    assert [row["iteration"] for row in lines(tmp_path / "metrics.jsonl")] == [2]
+    assert [row["iteration"] for row in lines(tmp_path / "metrics.previous.jsonl")] == [1]
+    assert lines(tmp_path / "samples.previous.jsonl") == SAMPLES
+    assert "metrics.jsonl is from an earlier run: kept as metrics.previous.jsonl" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written_to_is_a_readable_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"output_dir=.*file/out cannot be written to"):
+        tracker(tmp_path / "file" / "out")
+    (tmp_path / "out" / "config.yaml").mkdir(parents=True)
+    with pytest.raises(ValueError, match="cannot be written to"):
+        tracker(tmp_path / "out")
+
+
+def test_other_ranks_write_nothing(tmp_path, capsys):
+    out = tmp_path / "out"
+    with tracker(out, TrackingConfig(wandb="online"), is_main=False) as track:
+        track.log(1, METRICS, SAMPLES)
+    assert not out.exists()
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_metric_that_is_not_finite_is_still_a_line_of_json(tmp_path, value):
+    with tracker(tmp_path) as track:
+        track.log(1, METRICS | {"loss/policy": value}, [SAMPLES[0] | {"score": value}])
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        strict((tmp_path / name).read_text(encoding="utf-8"))
+
+
+# W&B
+
+
+class FakeWandb:
+    """Stands in for the wandb package; `broken` names the call that raises."""
+
+    def __init__(self, broken=None):
+        self.broken, self.logged, self.finished, self.started = broken, [], [], {}
+        self.Settings = lambda **given: given
+        self.Table = self._table
+
+    def _maybe(self, name):
+        if name == self.broken:
+            raise OSError(f"no network in {name}")
+
+    def _table(self, columns, data):
+        self._maybe("Table")
+        return SimpleNamespace(columns=columns, data=data)
+
+    def init(self, **given):
+        self._maybe("init")
+        self.started = given
+        return self
+
+    def define_metric(self, name, step_metric=None):
+        self._maybe("define_metric")
+
+    def log(self, row):
+        self._maybe("log")
+        self.logged.append(row)
+
+    def finish(self, exit_code):
+        self._maybe("finish")
+        self.finished.append(exit_code)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    def install(broken=None):
+        wandb = FakeWandb(broken)
+        monkeypatch.setitem(sys.modules, "wandb", wandb)
+        return wandb
+
+    return install
+
+
+def test_wandb_gets_the_metrics_and_a_table(tmp_path, fake):
+    wandb = fake()
+    with tracker(tmp_path, TrackingConfig(wandb="offline", project="p", run_name="r")) as track:
+        track.log(3, METRICS, SAMPLES)
+        track.log(4, METRICS, [])
+    assert {name: wandb.started[name] for name in ("project", "name", "mode", "config")} == {
+        "project": "p",
+        "name": "r",
+        "mode": "offline",
+        "config": {"seed": 3},
+    }
+    table = wandb.logged[0].pop("samples")
+    assert wandb.logged == [{"iteration": 3, **METRICS}, {"iteration": 4, **METRICS}]
+    assert (table.columns, table.data) == (list(SAMPLES[0]), [list(SAMPLES[0].values())])
+    assert wandb.finished == [0]
+
+
+def test_wandb_hears_of_a_run_that_failed(tmp_path, fake):
+    wandb = fake()
+    with pytest.raises(KeyError, match="mine"), tracker(tmp_path, TrackingConfig(wandb="offline")):
+        raise KeyError("mine")
+    assert wandb.finished == [1]
+
+
+@pytest.mark.parametrize("broken", ["init", "define_metric", "Table", "log", "finish"])
+def test_a_wandb_that_raises_never_stops_the_run(tmp_path, fake, capsys, broken):
+    wandb = fake(broken)
+    with tracker(tmp_path, TrackingConfig(wandb="online")) as track:
+        for number in (1, 2, 3):
+            track.log(number, METRICS, SAMPLES)
+    assert [row["iteration"] for row in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    said = capsys.readouterr().out
+    assert said.count("W&B") == 1 and f"OSError: no network in {broken}" in said  # once, not every iteration
+    assert len(wandb.logged) == (3 if broken == "finish" else 0)
+
+
+def test_a_wandb_that_cannot_be_imported_never_stops_the_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # import wandb raises ImportError, as a broken installation does
+    with tracker(tmp_path, TrackingConfig(wandb="offline")) as track:
+        track.log(1, METRICS, SAMPLES)
+    assert len(lines(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_disabled_wandb_is_not_even_imported(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with tracker(tmp_path) as track:
+        track.log(1, METRICS, SAMPLES)
+    assert len(lines(tmp_path / "metrics.jsonl")) == 1
