@@ -1,8 +1,8 @@
 """Optimizer steps that all ranks and all engines take together, or not at all.
 
 DeepSpeed 0.19's private names are used here: `optimizer.has_overflow`, and the gradient stores `averaged_gradients`
-(ZeRO 1, 2), `single_partition_of_fp32_groups` and `local_overflow` (the same with offload) and
-`grad_partitions_flat_buffer` (ZeRO 3). `tests/distributed/test_optimization.py` holds them.
+(ZeRO 1, 2), `grad_partitions_flat_buffer` (ZeRO 3) and `norm_for_param_grads` (either with offload).
+`tests/distributed/test_optimization.py` holds them.
 """
 
 from collections.abc import Sequence
@@ -69,12 +69,10 @@ def _discard_gradients(engine: DeepSpeedEngine) -> None:
         engine.zero_grad()
         return
     optimizer = engine.optimizer
-    if stage_of(engine) == 3:
+    if engine.zero_cpu_offload():  # the norm is taken while the gradients move to the CPU
+        optimizer.norm_for_param_grads = dict.fromkeys(optimizer.norm_for_param_grads, torch.tensor(torch.nan))
+    elif stage_of(engine) == 3:
         optimizer.grad_partitions_flat_buffer.fill_(torch.nan)
-    elif optimizer.cpu_offload:
-        optimizer.local_overflow = True
-        for partition in optimizer.single_partition_of_fp32_groups:
-            partition.grad.fill_(torch.nan)
     else:
         for gradients in optimizer.averaged_gradients.values():
             for gradient in gradients:

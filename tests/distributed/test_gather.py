@@ -1,0 +1,179 @@
+"""Generating under ZeRO-3: whole weights for the length of a block, sharded again afterwards, ranks never waiting."""
+
+import contextlib
+
+import engines
+import psutil
+import pytest
+import ranks
+import tiny
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from engine.distributed import comm
+from engine.distributed.gather import gathered_for_generation, is_sharded, sharded_for_generation
+from engine.rollout.generation import Sampling, generate_responses, noise_of_rows
+
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
+
+
+def generate(whole, tokens: int, *, temperature=0.7, micro_batch_size=4, in_step=False, iteration=0) -> list[list[int]]:
+    """Responses of exactly so many tokens to PROMPTS."""
+    return generate_responses(
+        whole.model,
+        PROMPTS,
+        noise_of_rows([(iteration, row) for row in range(len(PROMPTS))], tokens),
+        sampling=Sampling(max_response_tokens=tokens, temperature=temperature),
+        eos_token_ids=[],
+        micro_batch_size=micro_batch_size,
+        any_rank_active=comm.any_true if in_step else None,
+    )
+
+
+def all_sharded(engine) -> bool:
+    return all(is_sharded(parameter) for parameter in engine.module.parameters())
+
+
+# Unequal lengths
+
+
+def generate_unequally_then_train(strict_z3, weights):
+    engine = engines.actor(tiny.LLAMA, strict_z3)
+    tokens = 4 if comm.rank() == 0 else 40
+    with gathered_for_generation(engine) if weights == "gathered" else sharded_for_generation(engine) as whole:
+        responses = generate(whole, tokens, in_step=weights == "sharded")
+    assert [len(response) for response in responses] == [tokens] * len(PROMPTS)
+    return engines.train_actor(engine)
+
+
+@pytest.mark.parametrize("weights", ["gathered", "sharded"])
+def test_4_tokens_beside_40_then_a_step(run_ranks, strict_z3, weights):
+    first, second = run_ranks(
+        generate_unequally_then_train, engines.ds_file("strict", strict_z3), weights, timeout_s=60
+    )
+    assert first == second
+
+
+def test_neither_gathered_nor_in_step_does_not_finish(strict_z3):
+    """Negative control of the test above."""
+    pool = ranks.Pool(2, group_timeout_s=5)
+    try:
+        with pytest.raises(ranks.RankFailed):
+            pool.run(generate_unequally_then_train, (engines.ds_file("strict", strict_z3), "neither"), 12)
+    finally:
+        pool.kill()
+
+
+# The same text, at the price of one all-gather per parameter
+
+
+def compare_and_count(strict_z3):
+    engine = engines.actor(tiny.LLAMA, strict_z3)
+    said = dict(parameters=len(list(engine.module.parameters())))
+    for tokens in (4, 12):
+        for weights, enter in (("gathered", gathered_for_generation), ("sharded", sharded_for_generation)):
+            with profile(activities=[ProfilerActivity.CPU]) as seen, enter(engine) as whole:
+                said[weights, tokens] = generate(whole, tokens, temperature=0)
+            names = [event.name.lower() for event in seen.events()]
+            said["all-gathers", weights, tokens] = sum(
+                name.startswith("c10d::") and "allgather" in name.replace("_", "") for name in names
+            )
+    return said
+
+
+def test_gathered_writes_what_sharded_writes_with_one_all_gather_per_parameter(run_ranks, strict_z3):
+    for rank in run_ranks(compare_and_count, engines.ds_file("strict", strict_z3)):
+        for tokens in (4, 12):
+            assert rank["gathered", tokens] == rank["sharded", tokens]
+            assert 0 < rank["all-gathers", "gathered", tokens] <= rank["parameters"]
+            # The counter counts: sharded, every token gathers anew.
+            assert rank["all-gathers", "sharded", tokens] >= tokens
+        assert rank["all-gathers", "gathered", 4] == rank["all-gathers", "gathered", 12], "none per token"
+
+
+# The switch itself
+
+
+def inside_and_outside(kind, strict_z3):
+    engine = engines.actor(tiny.GPT2, engines.ds_file(kind, strict_z3))
+    expected = engines.weights(engine)
+    engine.train()
+    with gathered_for_generation(engine) as whole:
+        same = all(torch.equal(p, expected[name]) for name, p in whole.named_parameters())
+        inside = not any(is_sharded(p) for p in whole.parameters()), whole.training, same
+    kept_training = engine.module.training
+    engine.eval()
+    with gathered_for_generation(engine):
+        pass
+    return inside, kept_training, engine.module.training, all_sharded(engine)
+
+
+@pytest.mark.parametrize("kind", [0, 2, "strict"])
+def test_whole_and_in_eval_mode_inside_as_before_outside(run_ranks, strict_z3, kind):
+    for inside, kept_training, kept_eval, sharded in run_ranks(inside_and_outside, kind, strict_z3):
+        assert inside == (True, False, True)
+        assert (kept_training, kept_eval) == (True, False)
+        assert sharded == (kind == "strict")
+
+
+def alternate(strict_z3, micro_batch_size, epochs, interrupted_at):
+    """5 iterations of generating and training: losses, texts, and whether all was sharded after every phase."""
+    engine = engines.actor(tiny.LLAMA, strict_z3)
+    losses, texts, sharded = [], [], []
+    for iteration in range(5):
+        if iteration == interrupted_at:
+            with contextlib.suppress(InterruptedError), gathered_for_generation(engine) as whole:
+                generate(whole, 2)
+                raise InterruptedError
+            sharded.append(all_sharded(engine))
+        with gathered_for_generation(engine) as whole:
+            texts.append(generate(whole, 6, micro_batch_size=micro_batch_size, iteration=iteration))
+        sharded.append(all_sharded(engine))
+        losses += [engines.train_actor(engine) for _ in range(epochs)]
+        sharded.append(all_sharded(engine))
+    return losses, texts, all(sharded)
+
+
+def alternate_each(strict_z3):
+    plain = {}
+    for epochs in (1, 2):
+        for micro_batch_size in (1, 3):
+            plain[micro_batch_size, epochs] = alternate(strict_z3, micro_batch_size, epochs, None)
+    return plain, alternate(strict_z3, 3, 2, interrupted_at=2)
+
+
+def test_generating_and_training_alternate(run_ranks, strict_z3):
+    for plain, interrupted in run_ranks(alternate_each, engines.ds_file("strict", strict_z3)):
+        assert all(sharded for _, _, sharded in plain.values())
+        assert interrupted[2]
+        assert interrupted[:2] == plain[3, 2][:2], "an exception in the block leaves no trace"
+        for epochs in (1, 2):
+            losses, texts, _ = plain[1, epochs]
+            assert losses[-1] < losses[0]
+            assert losses == pytest.approx(plain[3, epochs][0], abs=1e-6)
+            assert texts == plain[3, epochs][1]
+
+
+def refused(strict_z3):
+    """One rank has no memory left: what every rank says, and a step afterwards."""
+    engine = engines.actor(tiny.LLAMA, strict_z3)
+    original = psutil.virtual_memory
+    if comm.rank() == 1:
+        psutil.virtual_memory = lambda: original()._replace(available=1000)
+    try:
+        with gathered_for_generation(engine):
+            said = None
+    except ValueError as error:
+        said = str(error)
+    finally:
+        psutil.virtual_memory = original
+    return said, all_sharded(engine), engine.module.training, engines.train_actor(engine)
+
+
+def test_too_little_memory_on_one_rank_is_refused_on_all(run_ranks, strict_z3):
+    for said, sharded, training, _ in run_ranks(refused, engines.ds_file("strict", strict_z3), timeout_s=60):
+        assert said is not None
+        assert "--rollout.weights sharded" in said
+        assert "GiB" in said
+        assert sharded
+        assert training
