@@ -19,7 +19,7 @@ def backbone_weights(workload: Workload) -> int:
 def forward_operations(workload: Workload, lengths: Sequence[int], projected: int) -> float:
     """One forward pass over sequences of these lengths, with `projected` states projected to the vocabulary.
 
-    Token t attends to t tokens: length^2 / 2 of them per sequence, each 2 hidden for the score and 2 hidden for the sum.
+    Token t attends to t tokens, length^2 / 2 pairs per sequence; each takes 2 hidden for the score, 2 for the sum.
     """
     matrices = 2 * backbone_weights(workload) * sum(lengths)
     attention = sum(2 * length * length * workload.hidden_size * workload.num_layers for length in lengths)
