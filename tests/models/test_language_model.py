@@ -169,3 +169,22 @@ def test_an_encoder_is_no_language_model(family):
     """It sees the tokens it is asked about, and its head is more than a linear map: silently wrong log-probs."""
     with pytest.raises(ValueError, match=r"random://(ro)?bert"):
         load_language_model(f"random://{family}?{SMALL}", dtype=torch.float32)
+
+
+OTHER_FAMILIES = {
+    "gpt_neox": f"random://gpt_neox?{SMALL}",  # Pythia; its config has an is_decoder that says False
+    "phi": f"random://phi?{SMALL}",  # a head with a bias
+    "bloom": "random://bloom?hidden_size=32&n_layer=1&n_head=4",  # ALiBi: no positions to embed
+    "gemma": f"random://gemma?{SMALL}&head_dim=8&num_key_value_heads=2",  # embeddings are scaled, tied to the head
+    "mistral_window": f"random://mistral?{SMALL}&num_key_value_heads=2&sliding_window=8",
+    "qwen3": f"random://qwen3?{SMALL}&head_dim=8&num_key_value_heads=2",
+}
+
+
+@pytest.mark.parametrize("family", OTHER_FAMILIES)
+def test_other_families_of_decoders_load_and_agree_with_their_own_logits(family):
+    model = load_language_model(OTHER_FAMILIES[family], dtype=torch.float32).eval()
+    with torch.no_grad():
+        got = model(*padded_input(rows(), PAD), temperature=0.7, chunk_tokens=5).logprobs
+    wanted = [oracle(OTHER_FAMILIES[family], prompt, response, 0.7)[0] for prompt, response in rows()]
+    torch.testing.assert_close(got, torch.cat(wanted), **CLOSE)
