@@ -114,8 +114,9 @@ class DeepSpeedRLHFEngine:
                     f"The {role} embeds {model_config.vocab_size} tokens and the tokenizer has {vocabulary}: some ids "
                     f"would be out of range."
                 )
-            if model_config.max_position_embeddings < longest:
+            positions = getattr(model_config, "max_position_embeddings", longest)  # ALiBi models have no limit
+            if positions < longest:
                 raise ValueError(
-                    f"The {role} was made for sequences of {model_config.max_position_embeddings} tokens, and "
+                    f"The {role} was made for sequences of {positions} tokens, and "
                     f"data.max_prompt_tokens + rollout.max_response_tokens = {longest}. Lower one of them."
                 )

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from engine.algorithms.logprobs import chunked_token_logprobs, chunked_token_statistics
 from engine.models.loading import load_pretrained
@@ -69,7 +69,7 @@ def load_language_model(model_name_or_path: str, *, dtype: torch.dtype) -> Langu
             f"{model_name_or_path} is not a causal language model: it was saved as {saved_as} and lacks "
             f"{', '.join(model.missing_from_checkpoint[:3]) or 'a trained head'}. Is it a reward model?"
         )
-    if not isinstance(model.get_output_embeddings(), nn.Linear) or getattr(model.config, "is_decoder", None) is False:
+    if not isinstance(model.get_output_embeddings(), nn.Linear) or _reads_both_ways(model.config):
         raise ValueError(
             f"{model_name_or_path} is a {type(model).__name__}, not a causal language model with a linear head: its "
             f"tokens would see what they are asked to predict."
@@ -78,6 +78,14 @@ def load_language_model(model_name_or_path: str, *, dtype: torch.dtype) -> Langu
         if getattr(model.config, name, None) not in (None, 1, 1.0):
             raise ValueError(f"{model_name_or_path} has {name}={getattr(model.config, name)}, not supported yet.")
     return LanguageModel(model)
+
+
+def _reads_both_ways(config: PreTrainedConfig) -> bool:
+    """Whether this is an encoder. Of its kind are the configs that can be told to be a decoder (add_cross_attention);
+    GPT-NeoX's has an `is_decoder` too, and it says False for a decoder.
+    """
+    undecided = hasattr(config, "add_cross_attention") and hasattr(config, "is_decoder")
+    return config.is_encoder_decoder or (undecided and not config.is_decoder)
 
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
