@@ -2,19 +2,19 @@
 
     python tests/benchmarks/bench_ppo.py --ranks 2 --peer trl
 
-Each side runs as processes of its own, one side after the other and, with a peer, in turns (ours, peer, ours, peer), so
-that noise on the machine hits both. Prints one table per workload and writes all numbers to --output.
+Each side runs as processes of its own and, with a peer, in turns (ours, peer, ours, peer), so that noise on the machine
+hits both. Prints one table per workload; --output writes every number behind it. README.md says what the numbers mean.
 """
 
 import argparse
 import json
 import os
-import socket
+import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
+import time
 from pathlib import Path
 
 from operations import phase_operations
@@ -22,76 +22,99 @@ from workload import Workload, write_models
 
 HERE = Path(__file__).resolve().parent
 PHASES = ("generate", "score", "train")
+# One run of one side holds these per timed iteration.
+PER_ITERATION = ("seconds_per_iteration", "cpu_seconds_per_iteration", "prompt_lengths", "response_lengths")
 
 
-def run(side: str, folder: Path, ranks: int, iterations: int, flags: list[str]) -> dict:
-    """One side's JSON object, from `ranks` processes of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def run(side: str, folder: Path, ranks: int, *, iterations: int, flags: list[str]) -> dict:
+    """One side's JSON object, from `ranks` processes of its own, with the machine's load before and after."""
     out = folder / f"{side}.json"
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={port}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command += [str(HERE / f"{side}_ppo.py"), "--workload", str(folder), "--out", str(out)]
-    command += ["--iterations", str(iterations + 1), *flags]
-    threads = str(max(1, os.cpu_count() // ranks))
+    command += ["--warmup", "1", "--iterations", str(1 + iterations), *flags]
     environment = os.environ | {
-        "OMP_NUM_THREADS": threads,
+        "OMP_NUM_THREADS": str(max(1, os.cpu_count() // ranks)),
         "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]),
     }
+    load = os.getloadavg()[0]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    return json.loads(out.read_text())
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-1000:]}\n{done.stderr[-4000:]}")
+    return json.loads(out.read_text()) | {"load": [load, os.getloadavg()[0]]}
 
 
-def together(parts: list[dict]) -> dict:
-    """Several runs of one side as one: medians over all their iterations."""
-    seconds = [value for part in parts for value in part["seconds_per_iteration"]]
-    tokens = [value for part in parts for value in part["response_tokens"]]
+def together(runs: list[dict]) -> dict:
+    """Several runs of one side as one: all their iterations, the highest peak of each rank."""
     return {
-        **parts[0],
-        "seconds_per_iteration": seconds,
-        "median_seconds_per_iteration": statistics.median(seconds),
-        "response_tokens": tokens,
-        "response_tokens_per_second": statistics.median(n / s for n, s in zip(tokens, seconds, strict=True)),
-        "phases": {name: [v for part in parts for v in part["phases"][name]] for name in parts[0]["phases"]},
-        "peak_rss_gib": [max(ranks) for ranks in zip(*(part["peak_rss_gib"] for part in parts), strict=True)],
-        **{
-            name: [v for part in parts for v in part[name]]
-            for name in ("prompt_lengths", "response_lengths")
-            if name in parts[0]
-        },
+        **runs[0],
+        **{name: [value for part in runs for value in part[name]] for name in PER_ITERATION},
+        "phases": {name: [v for part in runs for v in part["phases"][name]] for name in runs[0]["phases"]},
+        "peak_rss_gib": [max(peaks) for peaks in zip(*(part["peak_rss_gib"] for part in runs), strict=True)],
+        "load": [part["load"] for part in runs],
     }
 
 
-def floors(workload: Workload, ours: dict) -> dict[str, float]:
-    """Measured time over (operations / matrix rate), by phase and in all: 1.0 is the machine's limit."""
-    counted = [
-        phase_operations(workload, prompts, responses)
-        for prompts, responses in zip(ours["prompt_lengths"], ours["response_lengths"], strict=True)
+def summary(side: dict, workload: Workload, gflops: float) -> dict[str, float]:
+    """The table's column of one side: medians over iterations, and times over (operations / rate)."""
+    lengths = list(zip(side["prompt_lengths"], side["response_lengths"], strict=True))
+    counts = [phase_operations(workload, *one) for one in lengths]
+    least = {phase: statistics.fmean(count[phase] for count in counts) / gflops / 1e9 for phase in PHASES}
+    phases = {phase: statistics.median(seconds) for phase, seconds in side["phases"].items()}
+    seconds = statistics.median(side["seconds_per_iteration"])
+    cpu_seconds = statistics.median(side["cpu_seconds_per_iteration"])
+    rates = [sum(r) / s for (_, r), s in zip(lengths, side["seconds_per_iteration"], strict=True)]
+    return {
+        "seconds_per_iteration": seconds,
+        **{f"  {phase}": value for phase, value in phases.items()},
+        "cpu_seconds_per_iteration": cpu_seconds,
+        "response_tokens": statistics.fmean(sum(r) for _, r in lengths),
+        "response_tokens_per_s": statistics.median(rates),
+        "peak_gib_per_rank": max(side["peak_rss_gib"]),
+        "floor_ratio": seconds / sum(least.values()),
+        **{f"  floor_ratio {phase}": phases[phase] / least[phase] for phase in PHASES},
+        "floor_ratio of CPU seconds": cpu_seconds / sum(least.values()),
+    }
+
+
+def compared(workload: Workload, args: argparse.Namespace) -> dict:
+    """All runs of one workload, in turns, and what they come to."""
+    micro_batch_sizes = {"engine": args.micro_batch_size, "trl": args.peer_micro_batch_size}
+    sides = ["engine"] + ([args.peer] if args.peer else [])
+    turns = min(2, args.iterations) if args.peer else 1
+    shares = [args.iterations // turns + (turn < args.iterations % turns) for turn in range(turns)]
+    runs: dict[str, list[dict]] = {side: [] for side in sides}
+    with tempfile.TemporaryDirectory() as folder:
+        write_models(folder, workload)
+        for turn, iterations in enumerate(shares):
+            for side in sides:
+                flags = ["--micro_batch_size", str(micro_batch_sizes[side]), "--seed", str(args.seed + turn)]
+                flags += ["--zero_stage", str(args.zero_stage)] if side == "engine" else []
+                runs[side].append(run(side, Path(folder), args.ranks, iterations=iterations, flags=flags))
+                seconds = " ".join(f"{value:.1f}" for value in runs[side][-1]["seconds_per_iteration"])
+                print(f"{workload.name} {side}: {seconds} s  load {os.getloadavg()[0]:.1f}", flush=True)
+    gflops = max(part["matmul_gflops"] for part in runs["engine"])
+    result = {side: together(parts) for side, parts in runs.items()}
+    columns = {side: summary(whole, workload, gflops) for side, whole in result.items()}
+    if args.peer:
+        ours, peer = columns["engine"], columns[args.peer]
+        columns[f"{args.peer} / engine"] = {name: peer[name] / ours[name] for name in ours}
+    return {"matmul_gflops": gflops, "summary": columns, **result}
+
+
+def table(workload: Workload, result: dict) -> str:
+    """The summary, one line per number and one column per side."""
+    columns = result["summary"]
+    names = list(dict.fromkeys(name for column in columns.values() for name in column))
+    lines = [
+        f"\nworkload {workload.name}: {workload.num_prompts} responses, {workload.world_size} ranks, "
+        f"ZeRO {result['engine']['zero_stage']}, {result['matmul_gflops']:.0f} GFLOP/s on all ranks",
+        " " * 28 + "".join(f"{name:>14}" for name in columns),
     ]
-    rate = ours["matmul_gflops"] * 1e9
-    least = {phase: statistics.fmean(row[phase] for row in counted) / rate for phase in PHASES}
-    ratios = {phase: statistics.median(ours["phases"][phase]) / least[phase] for phase in PHASES}
-    return ratios | {"iteration": ours["median_seconds_per_iteration"] / sum(least.values())}
-
-
-def table(workload: Workload, ours: dict, peer: dict | None) -> str:
-    lines = [f"\nworkload {workload.name}: {workload.num_prompts} responses, ZeRO {ours['zero_stage']}"]
-    sides = [("engine", ours)] + ([("trl", peer)] if peer is not None else [])
-    for name, side in sides:
-        phases = "  ".join(f"{p} {statistics.median(v):.2f}" for p, v in side["phases"].items())
-        lines += [
-            f"  {name:7} seconds_per_iteration {side['median_seconds_per_iteration']:.2f}  ({phases})",
-            f"          response_tokens_per_s {side['response_tokens_per_second']:.0f}  "
-            f"peak GiB per rank {' '.join(f'{gib:.2f}' for gib in side['peak_rss_gib'])}",
-        ]
-    ratios = "  ".join(f"{name} {ratio:.2f}" for name, ratio in ours["floor_ratio"].items())
-    lines.append(f"  floor_ratio at {ours['matmul_gflops']:.0f} GFLOP/s on all ranks: {ratios}")
-    if peer is not None:
-        ratio = peer["median_seconds_per_iteration"] / ours["median_seconds_per_iteration"]
-        lines.append(f"  trl / engine: {ratio:.2f}x the time")
+    for name in names:
+        cells = (f"{column[name]:14.2f}" if name in column else " " * 13 + "-" for column in columns.values())
+        lines.append(f"{name:28}" + "".join(cells))
     return "\n".join(lines)
 
 
@@ -100,36 +123,36 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--workload", choices=("fixed", "eos", "both"), default="both")
     parser.add_argument("--peer", choices=("trl",), help="also run this one, in turns; needs the extra `bench`")
-    parser.add_argument("--iterations", type=int, default=6, help="timed iterations of each side")
-    parser.add_argument("--zero_stage", type=int, default=0)
-    parser.add_argument("--micro_batch_size", type=int, default=8)
+    parser.add_argument("--iterations", type=int, default=5, help="timed iterations of each side, over all turns")
+    parser.add_argument("--zero_stage", type=int, default=0, help="of our four models")
+    parser.add_argument("--micro_batch_size", type=int, default=16)
+    parser.add_argument("--peer_micro_batch_size", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling; each turn has the next one")
     parser.add_argument("--output", type=Path, help="a JSON file for all numbers")
     args = parser.parse_args()
+    if args.iterations < 1:
+        raise ValueError(f"--iterations {args.iterations} must be at least 1")
+    workloads = [Workload.named(w).on(args.ranks) for w in ("fixed", "eos") if args.workload in (w, "both")]
 
-    print(f"load {' '.join(f'{load:.1f}' for load in os.getloadavg())} on {os.cpu_count()} cores", flush=True)
-    results = []
-    for name in ("fixed", "eos") if args.workload == "both" else (args.workload,):
-        total = Workload.named(name).num_prompts
-        workload = replace(Workload.named(name), world_size=args.ranks, prompts_per_rank=total // args.ranks)
-        with tempfile.TemporaryDirectory() as folder:
-            write_models(folder, workload)
-            turns = 2 if args.peer else 1
-            flags = ["--zero_stage", str(args.zero_stage), "--micro_batch_size", str(args.micro_batch_size)]
-            ours, peers = [], []
-            for _ in range(turns):
-                ours.append(run("engine", Path(folder), args.ranks, -(-args.iterations // turns), flags))
-                if args.peer:
-                    peers.append(run("trl", Path(folder), args.ranks, -(-args.iterations // turns), []))
-        engine = together(ours)
-        engine["matmul_gflops"] = max(part["matmul_gflops"] for part in ours)
-        engine["floor_ratio"] = floors(workload, engine)
-        peer = together(peers) if peers else None
-        print(table(workload, engine, peer), flush=True)
-        results.append({"engine": engine, "trl": peer})
-    versions = results[0]["engine"]["versions"] | (results[0]["trl"]["versions"] if args.peer else {})
-    print(f"\nversions {versions}\nload {' '.join(f'{load:.1f}' for load in os.getloadavg())}")
+    report = {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "machine": {"cores": os.cpu_count(), "processor": platform.machine(), "python": platform.python_version()},
+        "load_at_start": os.getloadavg(),
+        "workloads": {},
+    }
+    for workload in workloads:
+        result = report["workloads"][workload.name] = compared(workload, args)
+        print(table(workload, result), flush=True)
+    report["load_at_end"] = os.getloadavg()
+    sides = [side for side in report["workloads"][workloads[0].name].values() if isinstance(side, dict)]
+    report["versions"] = {name: v for side in sides for name, v in side.get("versions", {}).items()}
+    loads = [" ".join(f"{load:.1f}" for load in report[f"load_at_{when}"]) for when in ("start", "end")]
+    print(
+        f"\nversions {report['versions']}\nload {loads[0]} at the start, {loads[1]} at the end, {os.cpu_count()} cores"
+    )
     if args.output:
-        args.output.write_text(json.dumps(results, indent=2) + "\n")
+        args.output.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,29 +1,24 @@
 """Our side of the benchmark: PPO iterations of the engine on a workload folder, timed by phase.
 
-    python -m torch.distributed.run --nproc_per_node 2 tests/benchmarks/engine_ppo.py --workload DIR --out FILE.json
+    python -m torch.distributed.run --standalone --nproc_per_node 2 \\
+        tests/benchmarks/engine_ppo.py --workload DIR --out FILE.json
 
 Writes the same JSON object as `trl_ppo.py`, and with it this machine's rate of matrix products, measured on all ranks
-at once between the warm-up and the first timed iteration.
+at once between the warm-up and the first timed iteration. A phase's time is the slowest rank's; each of the three ends
+with a collective.
 """
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from workload import ModelFolders, as_text, prompts, read_workload
+from workload import ModelFolders, Workload, as_text, prompts, read_workload
 
-from engine.config import (
-    DataConfig,
-    PPOConfig,
-    RewardConfig,
-    RolloutConfig,
-    TrackingConfig,
-    TrainedRoleConfig,
-)
+from engine.config import DataConfig, PPOConfig, RewardConfig, RolloutConfig, TrackingConfig, TrainedRoleConfig
 from engine.data import PromptBatch
 from engine.distributed import comm
 from engine.models.loading import load_tokenizer
@@ -33,7 +28,20 @@ from engine.trainers.ppo_trainer import DeepSpeedPPOTrainer
 PHASES = ("generate", "score", "train")
 
 
-def ppo_config(folder: Path, workload, *, zero_stage: int, micro_batch_size: int, output_dir: str) -> PPOConfig:
+@dataclass(frozen=True)
+class Timing:
+    """One iteration, the slowest rank's numbers."""
+
+    seconds: float
+    cpu_seconds: float
+    phases: dict[str, float]
+    prompt_lengths: list[int]
+    response_lengths: list[int]
+
+
+def ppo_config(
+    folder: Path, workload: Workload, *, zero_stage: int, micro_batch_size: int, seed: int, output_dir: str
+) -> PPOConfig:
     """One optimizer step per iteration on all responses; TRL's learning rate and KL coefficient."""
     models = ModelFolders.under(folder)
     return PPOConfig(
@@ -48,24 +56,65 @@ def ppo_config(folder: Path, workload, *, zero_stage: int, micro_batch_size: int
         ),
         tracking=TrackingConfig(wandb="disabled"),
         output_dir=output_dir,
+        seed=seed,
         zero_stage=zero_stage,
         dtype="float32",
         rollout_batch_size=workload.num_prompts,
         minibatch_size=workload.num_prompts,
         micro_batch_size=micro_batch_size,
         ppo_epochs=workload.ppo_epochs,
+        kl_coef=0.05,
+        kl_estimator="k1",
     )
 
 
-def matmul_gflops(seconds: float = 3.0, size: int = 1024) -> float:
-    """GFLOP/s of fp32 matrix products on this rank while the others do the same: the best of many."""
+def build_trainer(config: PPOConfig, iterations: int) -> DeepSpeedPPOTrainer:
+    """The engine's four models and its trainer. A collective."""
+    config.check_world_size(comm.world_size())
+    actor = config.model_of("actor")
+    engine = DeepSpeedRLHFEngine(actor, config.model_of("critic"), load_tokenizer(actor), iterations, config)
+    return DeepSpeedPPOTrainer(engine, config)
+
+
+def my_prompts(workload: Workload) -> PromptBatch:
+    """This rank's share, the same in every iteration."""
+    tokens = prompts(workload)
+    mine = torch.arange(len(tokens)).tensor_split(comm.world_size())[comm.rank()].tolist()
+    return PromptBatch(
+        tokens=[tokens[row] for row in mine], texts=[as_text(tokens[row]) for row in mine], ids=mine, columns={}
+    )
+
+
+def timed_iteration(trainer: DeepSpeedPPOTrainer, batch: PromptBatch) -> Timing:
+    """One iteration, from all ranks together to all ranks done. A collective."""
+    comm.barrier()
+    started, cpu_started = time.perf_counter(), time.process_time()
+    experience = trainer.generate_experience(batch)
+    trainer.train_on(experience)
+    comm.barrier()
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    trainer.progress.iteration += 1
+    if trainer.progress.skipped_steps:
+        raise RuntimeError("an optimizer step was skipped: this iteration did less than the benchmark counts")
+    return Timing(
+        seconds=comm.max_over_ranks(seconds),
+        cpu_seconds=comm.max_over_ranks(cpu_seconds),
+        phases={phase: comm.max_over_ranks(trainer.seconds[phase]) for phase in PHASES},
+        prompt_lengths=experience.sequences.prompt_lengths.tolist(),
+        response_lengths=experience.sequences.response_lengths.tolist(),
+    )
+
+
+def matmul_gflops(seconds: float = 4.0, size: int = 1024) -> float:
+    """GFLOP/s of fp32 matrix products, all ranks together and at once: each rank's best of many. A collective."""
+    comm.barrier()
     a, b = torch.randn(size, size), torch.randn(size, size)
     best, deadline = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < deadline:
         started = time.perf_counter()
         a @ b
         best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best / 1e9
+    return comm.sum_over_ranks(torch.tensor(2 * size**3 / best / 1e9)).item()
 
 
 def main() -> None:
@@ -74,65 +123,44 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--iterations", type=int, default=6, help="in all, the warm-up included")
     parser.add_argument("--warmup", type=int, default=1, help="first iterations to leave out")
-    parser.add_argument("--micro_batch_size", type=int, default=8, help="full-length responses per forward, one rank")
+    parser.add_argument("--micro_batch_size", type=int, default=16, help="full-length responses per forward, one rank")
     parser.add_argument("--zero_stage", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     args = parser.parse_args()
+    if not 0 <= args.warmup < args.iterations:
+        raise ValueError(f"--warmup {args.warmup} leaves nothing of --iterations {args.iterations}")
 
     comm.init_distributed()
-    workload = read_workload(args.workload)
+    workload = read_workload(args.workload).on(comm.world_size())
     with tempfile.TemporaryDirectory() as output_dir:
         config = ppo_config(
             args.workload,
             workload,
             zero_stage=args.zero_stage,
             micro_batch_size=args.micro_batch_size,
+            seed=args.seed,
             output_dir=output_dir,
         )
-    tokenizer = load_tokenizer(config.model_of("actor"))
-    engine = DeepSpeedRLHFEngine(
-        config.model_of("actor"), config.model_of("critic"), tokenizer, args.iterations, config
-    )
-    trainer = DeepSpeedPPOTrainer(engine, config)
-    tokens = prompts(workload)
-    mine = torch.arange(len(tokens)).tensor_split(comm.world_size())[comm.rank()].tolist()
-    batch = PromptBatch(
-        tokens=[tokens[row] for row in mine], texts=[as_text(tokens[row]) for row in mine], ids=mine, columns={}
-    )
-
-    iterations, rate = [], 0.0
-    for number in range(args.iterations):
-        if number == args.warmup:
-            comm.barrier()
-            rate = comm.sum_over_ranks(torch.tensor(matmul_gflops())).item()
-        comm.barrier()
-        started = time.perf_counter()
-        experience = trainer.generate_experience(batch)
-        trainer.train_on(experience)
-        comm.barrier()
-        trainer.progress.iteration += 1
-        seconds = comm.max_over_ranks(time.perf_counter() - started)
-        if number >= args.warmup:
-            phases = {phase: comm.max_over_ranks(trainer.seconds[phase]) for phase in PHASES}
-            lengths = experience.sequences
-            iterations.append((seconds, phases, lengths.prompt_lengths.tolist(), lengths.response_lengths.tolist()))
+        trainer, batch = build_trainer(config, args.iterations), my_prompts(workload)
+        for _ in range(args.warmup):
+            timed_iteration(trainer, batch)
+        rate = matmul_gflops()
+        timings = [timed_iteration(trainer, batch) for _ in range(args.iterations - args.warmup)]
     peaks = comm.gathered_objects(comm.peak_memory_gib())
     if comm.is_main():
-        seconds = [row[0] for row in iterations]
-        response_tokens = [sum(row[3]) for row in iterations]
         result = {
             "side": "engine",
             "workload": workload.name,
-            "zero_stage": args.zero_stage,
             "ranks": comm.world_size(),
-            "seconds_per_iteration": seconds,
-            "median_seconds_per_iteration": statistics.median(seconds),
-            "phases": {phase: [row[1][phase] for row in iterations] for phase in PHASES},
-            "prompt_lengths": [row[2] for row in iterations],
-            "response_lengths": [row[3] for row in iterations],
-            "response_tokens": response_tokens,
-            "response_tokens_per_second": sum(response_tokens) / sum(seconds),
+            "zero_stage": args.zero_stage,
+            "seconds_per_iteration": [timing.seconds for timing in timings],
+            "cpu_seconds_per_iteration": [timing.cpu_seconds for timing in timings],
+            "phases": {phase: [timing.phases[phase] for timing in timings] for phase in PHASES},
+            "prompt_lengths": [timing.prompt_lengths for timing in timings],
+            "response_lengths": [timing.response_lengths for timing in timings],
             "peak_rss_gib": peaks,
             "matmul_gflops": rate,
+            "warmup_iterations": args.warmup,
             "micro_batch_size": args.micro_batch_size,
             "threads_per_rank": torch.get_num_threads(),
             "versions": comm.versions(),

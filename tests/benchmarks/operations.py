@@ -2,7 +2,8 @@
 
 A multiply and an add are two operations. Counted are matrix products: weights (looking up an embedding is free, and the
 vocabulary projection counts where a response token is predicted only) and attention, causal. The backward pass takes
-twice the forward's.
+twice the forward's. Not counted, so that a floor_ratio of 1.0 is out of reach: norms, activation functions, the softmax
+over the vocabulary, sampling, the optimizer, and whatever ranks tell each other.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from workload import Workload
 
 
 def backbone_weights(workload: Workload) -> int:
-    """Elements of the matrices that every token is multiplied with."""
+    """Elements of the matrices that every token is multiplied with: four in attention, three in the gated MLP."""
     hidden, wide = workload.hidden_size, workload.intermediate_size
     return workload.num_layers * (4 * hidden * hidden + 3 * hidden * wide)
 
@@ -19,28 +20,40 @@ def backbone_weights(workload: Workload) -> int:
 def forward_operations(workload: Workload, lengths: Sequence[int], projected: int) -> float:
     """One forward pass over sequences of these lengths, with `projected` states projected to the vocabulary.
 
-    Token t attends to t tokens, length^2 / 2 pairs per sequence; each takes 2 hidden for the score, 2 for the sum.
+    Token t attends to t tokens, length^2 / 2 pairs a sequence and layer; a pair costs 2 hidden for the score and
+    2 hidden for the sum.
     """
     matrices = 2 * backbone_weights(workload) * sum(lengths)
-    attention = sum(2 * length * length * workload.hidden_size * workload.num_layers for length in lengths)
+    pairs = sum(length * length / 2 for length in lengths)
+    attention = 4 * workload.hidden_size * pairs * workload.num_layers
     vocabulary = 2 * workload.hidden_size * workload.vocab_size * projected
-    return float(matrices + attention + vocabulary)
+    return matrices + attention + vocabulary
+
+
+def generate_operations(workload: Workload, lengths: Sequence[int], response_tokens: int) -> float:
+    """Every token once through the actor, as a key-value cache allows; the vocabulary once per response token."""
+    return forward_operations(workload, lengths, response_tokens)
+
+
+def score_operations(workload: Workload, lengths: Sequence[int], response_tokens: int) -> float:
+    """One forward pass of the actor and the ref with the vocabulary, of critic and reward model without."""
+    return 2 * forward_operations(workload, lengths, response_tokens) + 2 * forward_operations(workload, lengths, 0)
+
+
+def train_operations(workload: Workload, lengths: Sequence[int], response_tokens: int) -> float:
+    """Forward and backward of the actor with the vocabulary and of the critic without, once per epoch."""
+    forward = forward_operations(workload, lengths, response_tokens) + forward_operations(workload, lengths, 0)
+    return 3 * workload.ppo_epochs * forward
 
 
 def phase_operations(
     workload: Workload, prompt_lengths: Sequence[int], response_lengths: Sequence[int]
 ) -> dict[str, float]:
-    """Operations by phase, all ranks together.
-
-    generate: every token once through the actor (a key-value cache), the vocabulary for response tokens.
-    score: actor and ref with the vocabulary, critic and reward without.
-    train: actor and critic, forward and backward, once per epoch.
-    """
+    """Operations of one iteration by phase, all ranks together."""
     lengths = [p + r for p, r in zip(prompt_lengths, response_lengths, strict=True)]
-    responses = sum(response_lengths)
-    policy, scalar = forward_operations(workload, lengths, responses), forward_operations(workload, lengths, 0)
+    response_tokens = sum(response_lengths)
     return {
-        "generate": policy,
-        "score": 2 * policy + 2 * scalar,
-        "train": 3 * workload.ppo_epochs * (policy + scalar),
+        "generate": generate_operations(workload, lengths, response_tokens),
+        "score": score_operations(workload, lengths, response_tokens),
+        "train": train_operations(workload, lengths, response_tokens),
     }

@@ -55,7 +55,8 @@ class IterationClock:
     train_start: float = 0.0
     end: float = 0.0
     cpu_end: float = 0.0
-    response_tokens: int = 0
+    prompt_lengths: list[int] = field(default_factory=list)
+    response_lengths: list[int] = field(default_factory=list)
 
     def phases(self) -> dict[str, float]:
         """Seconds per phase; they add up to `end - start`."""
@@ -95,7 +96,8 @@ class Stopwatch(TrainerCallback):
             clock.generate_start = time.perf_counter()
             query_responses, logits = batch_generation(model, queries, *args)
             clock.generate_end = time.perf_counter()
-            clock.response_tokens = count_response_tokens(query_responses[:, queries.shape[1] :], self.workload)
+            clock.prompt_lengths = (queries != self.workload.pad_token_id).sum(1).tolist()
+            clock.response_lengths = response_lengths(query_responses[:, queries.shape[1] :], self.workload)
             return query_responses, logits
 
         def timed_forward(model, *args):
@@ -107,24 +109,24 @@ class Stopwatch(TrainerCallback):
         ppo_trainer.batch_generation, ppo_trainer.forward = timed_generation, timed_forward
 
 
-def count_response_tokens(responses: torch.Tensor, workload: Workload) -> int:
-    """Tokens of (B, R) `responses` up to and including each row's first EOS.
+def response_lengths(responses: torch.Tensor, workload: Workload) -> list[int]:
+    """Tokens of each row of (B, R) `responses` up to and including its first EOS.
 
     Raises ValueError if a `fixed` batch is not all full-length, or if it holds a pad token, where TRL would cut it.
     """
     is_eos = responses == workload.eos_token_id
-    count = int(((is_eos.cumsum(1) - is_eos.long()) == 0).sum())
-    expected = responses.shape[0] * workload.max_new_tokens
+    lengths = ((is_eos.cumsum(1) - is_eos.long()) == 0).sum(1).tolist()
+    count, expected = sum(lengths), responses.shape[0] * workload.max_new_tokens
     pads = int((responses == workload.pad_token_id).sum())
     if not workload.stops_at_eos and (count != expected or pads):
         raise ValueError(
             f"the fixed workload has {expected} response tokens a rank, TRL generated {count}, {pads} of them padding. "
             f"Write the models again with workload.py --variant fixed."
         )
-    return count
+    return lengths
 
 
-def ppo_config(workload: Workload, *, iterations: int, micro_batch_size: int, output_dir: str) -> PPOConfig:
+def ppo_config(workload: Workload, *, iterations: int, micro_batch_size: int, seed: int, output_dir: str) -> PPOConfig:
     """The settings a TRL user would pick for speed here; each differs from TRL's default for the reason beside it."""
     if workload.prompts_per_rank % micro_batch_size:
         raise ValueError(
@@ -152,7 +154,7 @@ def ppo_config(workload: Workload, *, iterations: int, micro_batch_size: int, ou
         save_strategy="no",
         eval_strategy="no",
         disable_tqdm=True,
-        seed=workload.seed,
+        seed=seed,
     )
 
 
@@ -180,7 +182,10 @@ def report(ranks: list[dict], workload: Workload, *, warmup: int, micro_batch_si
     seconds = [max(clock.end - clock.start for clock in iteration) for iteration in clocks]
     # Far below `seconds` on both ranks: something else had the cores, so the run should be repeated.
     cpu_seconds = [max(clock.cpu_end - clock.cpu_start for clock in iteration) for iteration in clocks]
-    tokens = [sum(clock.response_tokens for clock in iteration) for iteration in clocks]
+    lengths = {
+        name: [[length for clock in iteration for length in getattr(clock, name)] for iteration in clocks]
+        for name in ("prompt_lengths", "response_lengths")
+    }
     phases = {
         phase: [statistics.fmean(clock.phases()[phase] for clock in iteration) for iteration in clocks]
         for phase in ("generate", "score", "train", "other")
@@ -188,12 +193,11 @@ def report(ranks: list[dict], workload: Workload, *, warmup: int, micro_batch_si
     return {
         "side": "trl",
         "workload": workload.name,
+        "ranks": workload.world_size,
         "seconds_per_iteration": seconds,
-        "median_seconds_per_iteration": statistics.median(seconds),
         "cpu_seconds_per_iteration": cpu_seconds,
         "phases": phases,
-        "response_tokens": tokens,
-        "response_tokens_per_second": sum(tokens) / sum(seconds),
+        **lengths,
         "peak_rss_gib": [rank["peak_rss_gib"] for rank in ranks],
         "warmup_iterations": warmup,
         "micro_batch_size": micro_batch_size,
@@ -209,6 +213,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=6, help="in all, the warm-up included")
     parser.add_argument("--warmup", type=int, default=1, help="first iterations to leave out")
     parser.add_argument("--micro_batch_size", type=int, default=8, help="responses per training forward, one rank")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling and the order of prompts")
     args = parser.parse_args()
     if not 0 <= args.warmup < args.iterations:
         raise ValueError(f"--warmup {args.warmup} leaves nothing of --iterations {args.iterations}")
@@ -220,7 +225,11 @@ def main() -> None:
     stopwatch = Stopwatch(workload)
     with tempfile.TemporaryDirectory() as output_dir:
         config = ppo_config(
-            workload, iterations=args.iterations, micro_batch_size=args.micro_batch_size, output_dir=output_dir
+            workload,
+            iterations=args.iterations,
+            micro_batch_size=args.micro_batch_size,
+            seed=args.seed,
+            output_dir=output_dir,
         )
         build_trainer(args.workload, workload, config, stopwatch).train()
 
@@ -231,7 +240,6 @@ def main() -> None:
     if dist.get_rank() == 0:
         result = report(ranks, workload, warmup=args.warmup, micro_batch_size=args.micro_batch_size)
         args.out.write_text(json.dumps(result, indent=2) + "\n")
-        print(json.dumps(result))
     dist.destroy_process_group()
 
 

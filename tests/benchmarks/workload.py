@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -72,6 +72,14 @@ class Workload:
     def named(cls, name: Literal["fixed", "eos"]) -> Workload:
         """The variant called `name`."""
         return {"fixed": cls.fixed, "eos": cls.eos}[name]()
+
+    def on(self, world_size: int) -> Workload:
+        """The same prompts and models, shared out to this many ranks."""
+        if world_size < 1 or self.num_prompts % world_size:
+            raise ValueError(
+                f"{self.num_prompts} prompts cannot be shared out evenly to {world_size} ranks. Try --ranks 2."
+            )
+        return replace(self, world_size=world_size, prompts_per_rank=self.num_prompts // world_size)
 
     @property
     def num_prompts(self) -> int:
@@ -180,10 +188,12 @@ def read_workload(folder: Path | str) -> Workload:
     if not path.exists():
         raise ValueError(f"{path} does not exist. Write it: python {__file__} --variant eos --out {folder}")
     written = json.loads(path.read_text())
-    workload = Workload.named(written["name"])
-    if written != asdict(workload):
-        raise ValueError(f"{path} describes another workload than {__file__} does now. Write the folder again.")
-    return workload
+    expected = asdict(Workload.named(written["name"]).on(written["world_size"]))
+    if different := sorted(
+        name for name in expected.keys() | written.keys() if expected.get(name) != written.get(name)
+    ):
+        raise ValueError(f"{path} differs in {', '.join(different)} from what {__file__} makes now. Write it again.")
+    return Workload(**written)
 
 
 def eos_probability(mean_tokens: float, max_tokens: int) -> float:

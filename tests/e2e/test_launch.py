@@ -19,6 +19,8 @@ import engine.tracking
 
 SCORES = """
 import os
+import time
+from pathlib import Path
 import torch.distributed as dist
 
 def good(prompts, responses, **columns):
@@ -26,6 +28,7 @@ def good(prompts, responses, **columns):
 
 def dies(prompts, responses, **columns):
     if dist.get_rank() == 1:
+        Path(__file__).with_name("died_at").write_text(str(time.time()))
         os._exit(7)
     return [0.0] * len(responses)
 """
@@ -33,7 +36,7 @@ def dies(prompts, responses, **columns):
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory):
-    """`launch(*flags)` -> (finished process, seconds, output folder): two ranks on a tiny model."""
+    """`launch(*flags)` -> (finished process, output folder): two ranks on a tiny model."""
     folder = tmp_path_factory.mktemp("launch")
     (folder / "my_scores.py").write_text(SCORES)
     recipe = dict(
@@ -55,17 +58,16 @@ def launch(tmp_path_factory):
         command += ["--config", str(folder / "recipe.yaml"), "--output_dir", str(folder / output), *flags]
         path = os.pathsep.join([ranks.OFFLINE["PYTHONPATH"], str(folder)])
         environment = {**os.environ, **ranks.OFFLINE, "PYTHONPATH": path}
-        started = time.monotonic()
         done = subprocess.run(
             command, cwd=ranks.ROOT, env=environment, capture_output=True, text=True, timeout=180, check=False
         )
-        return done, time.monotonic() - started, folder / output
+        return done, folder / output
 
     return run
 
 
 def test_a_run_leaves_a_complete_folder(launch):
-    done, _, out = launch("--actor.zero_stage", "3", "--critic.zero_stage", "1", output="good")
+    done, out = launch("--actor.zero_stage", "3", "--critic.zero_stage", "1", output="good")
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [1, 2]
@@ -85,13 +87,14 @@ def test_a_run_leaves_a_complete_folder(launch):
 
 
 def test_a_rank_that_dies_takes_the_job_down(launch):
-    done, seconds, _ = launch("--reward.function", "my_scores:dies", output="dies")
+    """Within 30 s: a promise, not a measurement."""
+    done, out = launch("--reward.function", "my_scores:dies", output="dies")
     assert done.returncode != 0
-    assert seconds < 60, "start-up, and at most 30 s until the other rank is gone"
+    assert time.time() - float(out.with_name("died_at").read_text()) < 30
 
 
 def test_a_bad_config_ends_every_rank_with_what_to_do(launch):
-    done, _, out = launch("--minibatch_size", "2", output="sizes")
+    done, out = launch("--minibatch_size", "2", output="sizes")
     assert done.returncode != 0
     assert done.stderr.count("minibatch_size=2 is not a multiple of micro_batch_size x world_size = 2 x 2 = 4") >= 2
     assert "Try --minibatch_size 4." in done.stderr

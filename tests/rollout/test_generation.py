@@ -8,11 +8,13 @@ import pytest
 import torch
 from tiny import MODELS
 from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from engine.models.language_model import load_language_model
 from engine.models.random_init import byte_tokenizer
 from engine.rollout import generation
 from engine.rollout.generation import Sampling, _draw, _warpers, eos_token_ids_of, generate_responses, noise_of_rows
+from engine.rollout.kv_cache import PreallocatedLayer, preallocated_cache
 from engine.rollout.sequences import Sequences
 
 _WINDOWED = "num_key_value_heads=2&hidden_size=32&intermediate_size=64&num_hidden_layers=2&num_attention_heads=4"
@@ -93,6 +95,27 @@ def test_the_preallocated_cache_and_transformers_own_give_the_same_tokens(loaded
     ours = generate(loaded[family], prompts(), eos=MANY_EOS, temperature=temperature)
     monkeypatch.setattr(generation, "preallocated_cache", lambda config, capacity: DynamicCache(config=config))
     assert generate(loaded[family], prompts(), eos=MANY_EOS, temperature=temperature) == ours
+
+
+def test_windowed_layers_keep_their_own_cache(loaded):
+    """A preallocated one would give the same tokens and hold more than the window."""
+    kinds = {family: preallocated_cache(loaded[family].model.config, 40).layers for family in FAMILIES}
+    assert [type(layer) for layer in kinds["llama"]] == [PreallocatedLayer, PreallocatedLayer]
+    assert [type(layer) for layer in kinds["qwen2_window"]] == [PreallocatedLayer, DynamicSlidingWindowLayer]
+    assert [type(layer) for layer in kinds["mistral_window"]] == [DynamicSlidingWindowLayer, DynamicSlidingWindowLayer]
+
+
+def test_the_cache_is_allocated_once_and_holds_what_was_stored():
+    layer, columns = PreallocatedLayer(5), torch.arange(24.0).reshape(2, 1, 4, 3)
+    layer.update(columns[:, :, :2], -columns[:, :, :2])
+    where = layer.keys.data_ptr()
+    for column in (2, 3):
+        keys, values = layer.update(columns[:, :, column : column + 1], -columns[:, :, column : column + 1])
+    assert layer.keys.data_ptr() == where == keys.data_ptr() and layer.keys.shape == (2, 1, 5, 3)
+    assert torch.equal(keys, columns) and torch.equal(values, -columns) and layer.get_seq_length() == 4
+    layer.batch_select_indices(torch.tensor([1]))
+    keys, values = layer.update(columns[:1, :, :1], columns[:1, :, :1])
+    assert torch.equal(keys[:, :, :4], columns[1:]) and torch.equal(keys[:, :, 4:], columns[:1, :, :1])
 
 
 def test_a_sliding_window_is_seen(loaded):
@@ -308,6 +331,16 @@ def test_equal_probabilities_have_equal_shares_of_the_noise():
     """Inversion: token k for noise in [k/4, (k+1)/4), the lower end included."""
     edges = torch.tensor([0.0, 0.2499, 0.25, 0.4999, 0.5, 0.75, 0.9999], dtype=torch.float64)
     assert drawn([0.0] * 4, edges).tolist() == [0, 0, 1, 1, 2, 3, 3]
+
+
+def test_rare_tokens_are_told_apart():
+    """2,000 tokens of probability 1e-8 each, after one that has the rest: an fp32 sum there moves in steps of 6e-8."""
+    tail, head = 2_000, 1 - 2_000e-8
+    logits = torch.tensor([math.log(head / 1e-8)] + [0.0] * tail)
+    uniform = head + 1e-8 * (torch.arange(tail, dtype=torch.float64) + 0.5)
+    sampling = Sampling(max_response_tokens=1)
+    tokens = [_draw(logits.expand(len(u), -1), u, sampling, _warpers(sampling)) for u in uniform.split(500)]
+    assert len(set(torch.cat(tokens).tolist())) > 0.95 * tail
 
 
 def test_temperature_zero_takes_the_likeliest_whatever_the_noise():
