@@ -235,6 +235,11 @@ class PPOConfig:
             _at_least("num_iterations", self.num_iterations, 1)
         for name in ("kl_coef", "gamma", "lam", "clip_range", "value_clip_range", "kl_target"):
             _at_least(name, getattr(self, name), 0)
+        if self.kl_controller != "fixed" and not (self.kl_target > 0 and self.kl_horizon > 0):
+            raise ValueError(
+                f"kl_controller={self.kl_controller} needs kl_target={self.kl_target} and kl_horizon={self.kl_horizon} "
+                f"above 0."
+            )
         if self.actor.model_name_or_path is None:
             raise ValueError("actor.model_name_or_path is not set: name the model to train.")
         samples = self.rollout.samples_per_prompt
@@ -312,8 +317,10 @@ class PPOConfig:
 def parse(config_class: type[Config], args: Sequence[str] | None = None) -> Config:
     """A config from the command line: `--config FILE` and dotted overrides, later ones winning.
 
-    Ends the program with a message on an unknown name or a value of the wrong type, after printing on
-    `--print_config` or `--help`.
+    Prints and ends the program on `--print_config` or `--help`.
+
+    Raises:
+        ValueError: an unknown name, or a value that does not fit.
     """
     from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 

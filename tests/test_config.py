@@ -372,3 +372,10 @@ def test_a_ds_config_with_a_foreign_or_misspelt_key_is_refused_by_name(tmp_path,
         with pytest.raises(ValueError, match=said) as error:
             make()
         assert "mine.json" in str(error.value)
+
+
+@pytest.mark.parametrize("wrong", [dict(kl_target=0.0), dict(kl_horizon=0.0)])
+def test_an_adaptive_kl_controller_needs_a_target_and_a_horizon(wrong):
+    with pytest.raises(ValueError, match="needs kl_target"):
+        config(kl_controller="ziegler", **wrong)
+    assert config(kl_controller="fixed", **wrong).kl_controller == "fixed"
