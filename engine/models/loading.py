@@ -73,7 +73,8 @@ def number_of_labels(model_name_or_path: str) -> int | None:
 def restore_rope(model: nn.Module) -> None:
     """Put every rotary embedding's frequencies back to fp32.
 
-    `zero.Init` and `.to(bfloat16)` round `inv_freq` to bf16 (4e-3 relative), which shifts every position.
+    `.to(bfloat16)` rounds `inv_freq` to bf16 (4e-3 relative), which shifts every position. DeepSpeed 0.19.8
+    casts parameters only and leaves such buffers alone; this does not rely on it.
     """
     for module in model.modules():
         frequencies = {name: buffer for name, buffer in module.named_buffers(recurse=False) if "inv_freq" in name}
