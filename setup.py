@@ -14,7 +14,7 @@ readme = Path(__file__).parent / "README.md"
 setup(
     name="rlhf-engine",
     version="0.1.0",
-    description="Distributed RLHF on DeepSpeed: SFT, reward models, DPO and PPO, from one CPU to many GPUs",
+    description="PPO for language models on DeepSpeed, from one CPU to many GPUs",
     long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -1,7 +1,7 @@
 """What one rollout leaves behind for PPO to train on."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -35,6 +35,7 @@ class Experience:
     rewards: Tensor  # (N,) KL penalty, plus the score at the last token
     advantages: Tensor  # (N,) whitened over the whole iteration
     returns: Tensor  # (N,) regression targets of the critic
+    kl_coef: float  # of the penalty in `rewards`
 
     def __post_init__(self):
         for name in PER_TOKEN:
@@ -54,7 +55,7 @@ class Experience:
     def __getitem__(self, rows: Tensor) -> "Experience":
         tokens = ragged_index(self.sequences.response_lengths, rows)
         picked = {name: getattr(self, name)[tokens] for name in PER_TOKEN}
-        return Experience(sequences=self.sequences[rows], scores=self.scores[rows], **picked)
+        return replace(self, sequences=self.sequences[rows], scores=self.scores[rows], **picked)
 
     @property
     def is_finite(self) -> bool:
@@ -64,8 +65,7 @@ class Experience:
     @property
     def not_finite(self) -> str:
         """Which tensors hold NaN or inf, and in how many places; empty when none does."""
-        names = [f.name for f in fields(self) if f.name != "sequences"]
-        broken = {name: int((~getattr(self, name).isfinite()).sum()) for name in names}
+        broken = {name: int((~getattr(self, name).isfinite()).sum()) for name in ("scores", *PER_TOKEN)}
         said = ", ".join(f"{number} of {name}" for name, number in broken.items() if number)
         return said and f"not finite: {said}"
 
@@ -117,6 +117,7 @@ def shaped_experience(
         rewards=rewards[mask],
         advantages=whiten(advantages, mask)[mask],
         returns=returns[mask],
+        kl_coef=kl_coef,
     )
 
 

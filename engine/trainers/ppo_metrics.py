@@ -77,7 +77,7 @@ def step_metrics(steps: list[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def experience_metrics(experience: Experience, *, eos_token_ids: list[int], kl_coef: float) -> dict[str, float]:
+def experience_metrics(experience: Experience, *, eos_token_ids: list[int]) -> dict[str, float]:
     """What was rolled out, the same on every rank.
 
     `kl/ref_mean` and `reward/kl_penalty` are sums over a response's tokens, averaged over responses.
@@ -90,9 +90,9 @@ def experience_metrics(experience: Experience, *, eos_token_ids: list[int], kl_c
     return {
         "score/mean": scores.mean().item(),
         "score/std": scores.std(correction=0).item(),
-        "reward/kl_penalty": -kl_coef * kl_per_response,
+        "reward/kl_penalty": -experience.kl_coef * kl_per_response,
         "kl/ref_mean": kl_per_response,
-        "kl/coef": kl_coef,
+        "kl/coef": experience.kl_coef,
         "policy/entropy": experience.entropy.mean().item() if len(experience.entropy) else 0.0,
         "value/explained_variance": explained_variance(experience.values, experience.returns),
         "response/length_mean": lengths.float().mean().item(),

@@ -45,8 +45,8 @@ SMALLER = {
 class Progress:
     """Where a run stands: all that changes from iteration to iteration besides the models."""
 
-    iteration: int = 0
-    kl_coef: float = 0.0
+    iteration: int = 0  # the one under way, or the last; from 1
+    kl_coef: float = 0.0  # for the next experience
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
 
@@ -79,18 +79,18 @@ class DeepSpeedPPOTrainer:
         while self.progress.iteration < num_iterations:
             experience = self.generate_experience(next(batches))
             self.train_on(experience)
-            self.progress.iteration += 1
             tracker.log(self.progress.iteration, self.metrics(experience), self.samples)
-            self.progress.kl_coef = self.next_kl_coef(experience)
 
     def generate_experience(self, prompts: PromptBatch) -> Experience:
         """Responses to this rank's prompts, and all that PPO needs to train on those of all ranks.
 
-        Eval mode, no gradients. A collective; ranks may hold different numbers of prompts, or none.
+        Begins an iteration: the next noise for the same prompts, and, when all is measured, the KL controller's next
+        coefficient. Eval mode, no gradients. A collective; ranks may hold different numbers of prompts, or none.
 
         Raises:
             ValueError: on every rank, when a score function fails on any.
         """
+        self.progress.iteration += 1
         prompts = prompts.repeated(self.config.rollout.samples_per_prompt)
         with self._timed("generate"):
             responses = self.generate(prompts)
@@ -117,6 +117,7 @@ class DeepSpeedPPOTrainer:
                 value_label=self.config.value_label,
             )
         self.samples = self._sample_rows(prompts, responses, experience)
+        self.progress.kl_coef = self.next_kl_coef(experience)
         return experience
 
     def generate(self, prompts: PromptBatch) -> list[list[int]]:
@@ -186,7 +187,7 @@ class DeepSpeedPPOTrainer:
         """The iteration's, under the names of `engine.tracking`. A collective."""
         response_tokens = experience.sequences.num_response_tokens
         return {
-            **experience_metrics(experience, eos_token_ids=self.eos_token_ids, kl_coef=self.progress.kl_coef),
+            **experience_metrics(experience, eos_token_ids=self.eos_token_ids),
             **step_metrics(self.steps),
             "lr/actor": self.actor.get_lr()[0],
             "lr/critic": self.critic.get_lr()[0],
@@ -198,7 +199,7 @@ class DeepSpeedPPOTrainer:
 
     def next_kl_coef(self, experience: Experience) -> float:
         """The KL coefficient after an iteration with this KL per response."""
-        config, coef, kl = self.config, self.progress.kl_coef, experience.kl.sum().item() / len(experience)
+        config, coef, kl = self.config, experience.kl_coef, experience.kl.sum().item() / len(experience)
         if config.kl_controller == "fixed" or not experience.is_finite:
             return coef
         if config.kl_controller == "schulman":
@@ -236,7 +237,7 @@ class DeepSpeedPPOTrainer:
     def _skip(self, cause: str) -> tuple[float, float]:
         self.progress.skipped_steps += 1
         self.progress.skipped_in_a_row += 1
-        said = f"iteration {self.progress.iteration + 1}: step skipped on all ranks, {cause}"
+        said = f"iteration {self.progress.iteration}: step skipped on all ranks, {cause}"
         if comm.is_main():
             print(said, flush=True)
         if self.progress.skipped_in_a_row >= self.config.max_skipped_steps:
@@ -253,7 +254,7 @@ class DeepSpeedPPOTrainer:
         kl = experience.padded("kl").sum(1)
         return [
             {
-                "iteration": self.progress.iteration + 1,
+                "iteration": self.progress.iteration,
                 "prompt": prompts.texts[row],
                 "response": text,
                 "score": experience.scores[row].item(),

@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--peer", choices=("trl",), help="also run this one, in turns; needs the extra `bench`")
     parser.add_argument("--iterations", type=int, default=5, help="timed iterations of each side, over all turns")
     parser.add_argument("--zero_stage", type=int, default=0, help="of our four models")
-    parser.add_argument("--micro_batch_size", type=int, default=16)
+    parser.add_argument("--micro_batch_size", type=int, default=4)
     parser.add_argument("--peer_micro_batch_size", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0, help="of the sampling; each turn has the next one")
     parser.add_argument("--output", type=Path, help="a JSON file for all numbers")

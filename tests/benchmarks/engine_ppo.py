@@ -93,7 +93,6 @@ def timed_iteration(trainer: DeepSpeedPPOTrainer, batch: PromptBatch) -> Timing:
     trainer.train_on(experience)
     comm.barrier()
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-    trainer.progress.iteration += 1
     if trainer.progress.skipped_steps:
         raise RuntimeError("an optimizer step was skipped: this iteration did less than the benchmark counts")
     return Timing(
@@ -129,7 +128,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--iterations", type=int, default=6, help="in all, the warm-up included")
     parser.add_argument("--warmup", type=int, default=1, help="first iterations to leave out")
-    parser.add_argument("--micro_batch_size", type=int, default=16, help="full-length responses per forward, one rank")
+    parser.add_argument("--micro_batch_size", type=int, default=4, help="full-length responses per forward, one rank")
     parser.add_argument("--zero_stage", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     args = parser.parse_args()

@@ -53,14 +53,15 @@ def digest(engine) -> str:
 
 
 def train(config: PPOConfig, keep_weights: bool = False) -> dict[str, Any]:
-    """A run's metrics, and with `keep_weights` the actor's and critic's final weights."""
+    """A run's metrics, whether the frozen models stayed so, and with `keep_weights` the trained ones' final weights."""
     trainer, prompts = build(config)
-    log, ref_before = Log(), digest(trainer.ref)
+    frozen = [engine for engine in (trainer.ref, trainer.reward) if engine]
+    log, before = Log(), [digest(engine) for engine in frozen]
     trainer.train(prompts, config.num_iterations, log)
     result = {
         "metrics": log.metrics,
         "samples": log.samples,
-        "ref unchanged": digest(trainer.ref) == ref_before,
+        "frozen": [digest(engine) for engine in frozen] == before and len(before),
         "actor": digest(trainer.actor),
         "critic": digest(trainer.critic),
     }

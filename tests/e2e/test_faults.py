@@ -1,6 +1,8 @@
 """Bad numbers and uneven shares on one rank: all ranks take the same path, and the run goes on or stops as one."""
 
 import math
+import operator
+import re
 
 import pytest
 import ranks
@@ -26,6 +28,13 @@ nan_on_rank_one.calls = 0
 
 def always_nan(prompts, responses, **columns):
     return [math.nan] * len(responses)
+
+
+def said_by_failing_run(config):
+    """The message of a run that fails."""
+    with pytest.raises(ValueError, match=r"^on rank 1 of 2: ") as failure:
+        train(config)
+    return str(failure.value)
 
 
 def raises_on_rank_one(prompts, responses, **columns):
@@ -91,12 +100,8 @@ def test_many_skips_in_a_row_stop_the_run(run_ranks, ppo_config):
 )
 def test_a_score_function_that_fails_on_one_rank_is_one_error_on_all(run_ranks, ppo_config, function, said):
     config = ppo_config(reward__function=AT + function)
-    with pytest.raises(ranks.RankFailed) as failure:
-        run_ranks(train, config, timeout_s=60)
-    for rank in (0, 1):
-        report = str(failure.value).split(f"--- rank {rank}")[1]
-        assert "ValueError: on rank 1 of 2" in report
-        assert said in report
+    for message in run_ranks(said_by_failing_run, config, timeout_s=60):
+        assert said in message
 
 
 @pytest.mark.parametrize("kind", [0, "strict"])
@@ -110,14 +115,14 @@ def test_uneven_shares(run_ranks, ppo_config, tmp_path, kind, prompts):
         assert ours == pytest.approx(theirs, abs=1e-5)
 
 
-def silent_rank_one(config, silent_everywhere):
-    """One iteration in which the responses of rank 1, or of all ranks, are empty."""
+def short_on_rank_one(config, length, everywhere):
+    """Two iterations in which the responses of rank 1, or of all ranks, are cut to `length` tokens."""
     trainer, prompts = build(config)
     speak = trainer.generate
 
     def generate(batch):
         responses = speak(batch)
-        return [[] for _ in responses] if silent_everywhere or comm.rank() == 1 else responses
+        return [response[:length] for response in responses] if everywhere or comm.rank() == 1 else responses
 
     trainer.generate = generate
     log, start = Log(), digest(trainer.actor)
@@ -126,16 +131,41 @@ def silent_rank_one(config, silent_everywhere):
 
 
 @pytest.mark.parametrize("kind", [2, "strict"])
-def test_empty_responses_of_one_rank_join_every_collective(run_ranks, ppo_config, tmp_path, kind):
-    (trained, metrics), (_, others) = run_ranks(
-        silent_rank_one, ppo_config(**tiny.sharding(kind, tmp_path)), False, timeout_s=60
-    )
+@pytest.mark.parametrize("length", [0, 1])
+def test_empty_and_short_responses_of_one_rank_join_every_collective(run_ranks, ppo_config, tmp_path, kind, length):
+    config = ppo_config(**tiny.sharding(kind, tmp_path), rollout__min_response_tokens=2)
+    (trained, metrics), (_, others) = run_ranks(short_on_rank_one, config, length, False, timeout_s=60)
     assert trained
+    assert all(m["response/length_mean"] >= (2 + length) / 2 for m in metrics)
     assert metrics == others
     assert all(torch.tensor(list(m.values())).isfinite().all() for m in metrics)
 
 
 def test_no_response_at_all_skips_the_iteration(run_ranks, ppo_config):
-    (trained, metrics), _ = run_ranks(silent_rank_one, ppo_config(zero_stage=2), True, timeout_s=60)
+    (trained, metrics), _ = run_ranks(short_on_rank_one, ppo_config(zero_stage=2), 0, True, timeout_s=60)
     assert not trained
     assert metrics[-1]["skipped/steps"] == 8
+
+
+def out_of_memory_in(config, method):
+    """What is said where `method` of the trainer finds no memory."""
+    trainer, prompts = build(config)
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB.")
+
+    setattr(trainer, method, full)
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        trainer.train(prompts, 1, Log())
+    return str(error.value)
+
+
+@pytest.mark.parametrize(("method", "phase"), [("generate", "generate"), ("scores", "score"), ("train_rlhf", "train")])
+def test_out_of_memory_names_the_phase_and_settings_that_exist(run_ranks, ppo_config, method, phase):
+    config = ppo_config()
+    for said in run_ranks(out_of_memory_in, config, method):
+        assert re.fullmatch(rf"Out of memory in phase {phase}: lower .*\. Tried to allocate 2\.00 GiB\.", said)
+        settings = re.findall(r"--(\w+(?:\.\w+)?)", said)
+        assert settings
+        for setting in settings:
+            operator.attrgetter(setting)(config)  # raises where there is none

@@ -31,6 +31,12 @@ def dies(prompts, responses, **columns):
         Path(__file__).with_name("died_at").write_text(str(time.time()))
         os._exit(7)
     return [0.0] * len(responses)
+
+def raises(prompts, responses, **columns):
+    if dist.get_rank() == 1:
+        Path(__file__).with_name("died_at").write_text(str(time.time()))
+        raise KeyError("no such gold answer")
+    return [0.0] * len(responses)
 """
 
 
@@ -86,11 +92,15 @@ def test_a_run_leaves_a_complete_folder(launch):
     assert critic(ids).logits.shape == (1, 1)
 
 
-def test_a_rank_that_dies_takes_the_job_down(launch):
+@pytest.mark.parametrize("function", ["dies", "raises"])
+def test_a_rank_that_fails_takes_the_job_down(launch, function):
     """Within 30 s: a promise, not a measurement."""
-    done, out = launch("--reward.function", "my_scores:dies", output="dies")
+    done, out = launch("--reward.function", f"my_scores:{function}", output=function)
     assert done.returncode != 0
     assert time.time() - float(out.with_name("died_at").read_text()) < 30
+    if function == "raises":
+        assert done.stderr.count("ValueError: on rank 1 of 2") >= 2, "the same message on both ranks"
+        assert "no such gold answer" in done.stderr
 
 
 def test_a_bad_config_ends_every_rank_with_what_to_do(launch):

@@ -17,7 +17,7 @@ def experience(responses, scores, **tensors) -> Experience:
     sequences = Sequences.of([[5, EOS]] * len(responses), responses)  # prompts that end like a response
     flat = {name: torch.zeros(sequences.num_response_tokens) for name in PER_TOKEN}
     flat |= {name: torch.tensor(values) for name, values in tensors.items()}
-    return Experience(sequences=sequences, scores=torch.tensor(scores), **flat)
+    return Experience(sequences=sequences, scores=torch.tensor(scores), **flat, kl_coef=0.25)
 
 
 def test_what_was_rolled_out():
@@ -31,7 +31,6 @@ def test_what_was_rolled_out():
             returns=[1.0, 2.0, 3.0, 4.0, 5.0, 9.0],
         ),
         eos_token_ids=[EOS, 8],
-        kl_coef=0.25,
     )
     # returns - values = 1, 1, 2, 4, 4, 9: mean 3.5, variance (6.25 + 6.25 + 2.25 + 0.25 + 0.25 + 30.25) / 6 = 45.5 / 6
     # returns: mean 4, variance (9 + 4 + 1 + 0 + 1 + 25) / 6 = 40 / 6
@@ -52,7 +51,7 @@ def test_what_was_rolled_out():
 
 
 def test_all_responses_empty_are_finite_numbers():
-    seen = experience_metrics(experience([[], []], [1.0, 1.0]), eos_token_ids=[EOS], kl_coef=0.1)
+    seen = experience_metrics(experience([[], []], [1.0, 1.0]), eos_token_ids=[EOS])
     assert all(math.isfinite(value) for value in seen.values())
     assert (seen["response/length_mean"], seen["response/eos_fraction"], seen["policy/entropy"]) == (0, 0, 0)
 

@@ -1,0 +1,56 @@
+"""What the four models must have in common: refused on every rank before the first token, with what to do."""
+
+import shutil
+
+import pytest
+import tiny
+from transformers import AutoTokenizer
+
+from engine.models.loading import load_tokenizer
+from engine.models.random_init import local_name
+from engine.rlhf_engine import DeepSpeedRLHFEngine
+
+
+def refusal(config):
+    """What is said instead of building."""
+    actor = config.model_of("actor")
+    with pytest.raises(ValueError, match=r"^The ") as refused:
+        DeepSpeedRLHFEngine(actor, config.model_of("critic"), load_tokenizer(actor), 3, config)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("role", ["critic", "reward"])
+def test_a_vocabulary_that_is_not_the_actors(run_ranks, ppo_config, tmp_path, role):
+    """One more token is enough: its id would be read as another text, or as none."""
+    folder = tmp_path / "other"
+    shutil.copytree(local_name(tiny.score_head(tiny.LLAMA)), folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(folder)
+    config = ppo_config(**{f"{role}__model_name_or_path": str(folder)})
+    if role == "reward":  # which the critic would start from, and be refused first
+        config = ppo_config(reward__model_name_or_path=str(folder), critic__model_name_or_path=tiny.LLAMA)
+    for said in run_ranks(refusal, config):
+        assert said.startswith(f"The {role}'s vocabulary ({folder}, ")
+        assert said.endswith(f"1 tokens differ, '<extra>' among them. Use a {role} trained with the actor's tokenizer.")
+
+
+@pytest.mark.parametrize("role", ["actor", "ref", "critic", "reward"])
+def test_sequences_longer_than_a_model_has_positions_for(run_ranks, ppo_config, role):
+    short = {"actor": tiny.LLAMA, "ref": tiny.LLAMA}.get(role, tiny.score_head(tiny.LLAMA)).replace("=512", "=43")
+    given = {f"{other}__model_name_or_path": tiny.LLAMA for other in ("actor", "ref")}
+    given |= {f"{other}__model_name_or_path": tiny.score_head(tiny.LLAMA) for other in ("critic", "reward")}
+    config = ppo_config(**given | {f"{role}__model_name_or_path": short})
+    for said in run_ranks(refusal, config):
+        assert said.startswith(f"The {role} was made for sequences of 43 tokens, and data.max_prompt_tokens + ")
+        assert said.endswith("= 44. Lower one of them.")
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_embeds(run_ranks, ppo_config, tmp_path):
+    folder = tmp_path / "small"
+    shutil.copytree(local_name(tiny.LLAMA), folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<extra_{i}>" for i in range(500)])
+    tokenizer.save_pretrained(folder)
+    config = ppo_config(model=str(folder), reward__function="tiny:longest_wins")
+    assert all("some ids would be out of range" in said for said in run_ranks(refusal, config))
