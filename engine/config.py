@@ -333,7 +333,7 @@ def parse(config_class: type[Config], args: Sequence[str] | None = None) -> Conf
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
     parser.add_class_arguments(config_class)
     try:
-        values = parser.instantiate_classes(parser.parse_args(args))
+        values = parser.instantiate(parser.parse_args(args))
     except ArgumentError as error:
         raise ValueError(f"{error}\nSee --help for every name, --print_config for the resolved values.") from None
     return config_class(**{name: values[name] for name in config_class.__dataclass_fields__})
