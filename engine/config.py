@@ -4,8 +4,11 @@
 refused. How memory is sharded is not here but in `ds_configs/`.
 """
 
+import difflib
 import math
-from collections.abc import Sequence
+import sys
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -54,6 +57,17 @@ class TrainedRoleConfig(FrozenRoleConfig):
         _at_least("learning_rate", self.learning_rate, 0)
         _at_least("warmup_steps", self.warmup_steps, 0)
         _at_least("max_grad_norm", self.max_grad_norm, 0)
+        _at_least("weight_decay", self.weight_decay, 0)
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticConfig(TrainedRoleConfig):
+    """The critic learns faster than the actor unless told otherwise."""
+
+    learning_rate: float = 5e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +200,7 @@ class PPOConfig:
     actor: TrainedRoleConfig
     reward: RewardConfig
     data: DataConfig
-    critic: TrainedRoleConfig = field(default_factory=lambda: TrainedRoleConfig(learning_rate=5e-6))
+    critic: CriticConfig = field(default_factory=CriticConfig)
     ref: FrozenRoleConfig = field(default_factory=FrozenRoleConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -233,8 +247,11 @@ class PPOConfig:
             _at_least(name, getattr(self, name), 1)
         if self.num_iterations is not None:
             _at_least("num_iterations", self.num_iterations, 1)
-        for name in ("kl_coef", "gamma", "lam", "clip_range", "value_clip_range", "kl_target"):
+        for name in ("kl_coef", "clip_range", "value_clip_range", "kl_target"):
             _at_least(name, getattr(self, name), 0)
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1].")
         if self.kl_controller != "fixed" and not (self.kl_target > 0 and self.kl_horizon > 0):
             raise ValueError(
                 f"kl_controller={self.kl_controller} needs kl_target={self.kl_target} and kl_horizon={self.kl_horizon} "
@@ -245,10 +262,9 @@ class PPOConfig:
         samples = self.rollout.samples_per_prompt
         for name, divisor in (("minibatch_size", self.minibatch_size), ("rollout.samples_per_prompt", samples)):
             if self.rollout_batch_size % divisor:
-                works = _next_multiple(self.rollout_batch_size, math.lcm(self.minibatch_size, samples))
                 raise ValueError(
                     f"rollout_batch_size={self.rollout_batch_size} is not a multiple of {name}={divisor}. "
-                    f"Try --rollout_batch_size {works}."
+                    f"{self._sizes_for(self.micro_batch_size)}"
                 )
         if self.reward.function is not None and (self.reward.zero_stage, self.reward.ds_config) != (None, None):
             raise ValueError("reward.function is a Python function: reward.zero_stage and reward.ds_config do nothing.")
@@ -263,13 +279,17 @@ class PPOConfig:
         """
         unit = self.micro_batch_size * world_size
         if self.minibatch_size % unit:
-            minibatch = _next_multiple(self.minibatch_size, unit)
-            rollout = _next_multiple(self.rollout_batch_size, math.lcm(minibatch, self.rollout.samples_per_prompt))
-            more = "" if rollout == self.rollout_batch_size else f" --rollout_batch_size {rollout}"
             raise ValueError(
                 f"minibatch_size={self.minibatch_size} is not a multiple of micro_batch_size x world_size = "
-                f"{self.micro_batch_size} x {world_size} = {unit}. Try --minibatch_size {minibatch}{more}."
+                f"{self.micro_batch_size} x {world_size} = {unit}. {self._sizes_for(unit)}"
             )
+
+    def _sizes_for(self, unit: int) -> str:
+        """Which sizes would work where a minibatch has to be a multiple of `unit`."""
+        minibatch = _next_multiple(self.minibatch_size, unit)
+        rollout = _next_multiple(self.rollout_batch_size, math.lcm(minibatch, self.rollout.samples_per_prompt))
+        sizes = {"minibatch_size": minibatch, "rollout_batch_size": rollout}
+        return "Try" + "".join(f" --{name} {size}" for name, size in sizes.items() if size != getattr(self, name)) + "."
 
     @property
     def prompts_per_iteration(self) -> int:
@@ -335,8 +355,31 @@ def parse(config_class: type[Config], args: Sequence[str] | None = None) -> Conf
     try:
         values = parser.instantiate(parser.parse_args(args))
     except ArgumentError as error:
-        raise ValueError(f"{error}\nSee --help for every name, --print_config for the resolved values.") from None
+        raise ValueError(f"{error}{_meant(str(error), parser)}\nSee --help for every name.") from None
     return config_class(**{name: values[name] for name in config_class.__dataclass_fields__})
+
+
+def run(main: Callable[[], None]) -> None:
+    """A launch script's main: a mistake of the user's ends it with the message that names it and exit code 1.
+
+    A message is all there is to know of a ValueError that the engine itself raises. From anywhere else it is a bug,
+    and keeps its traceback.
+    """
+    try:
+        main()
+    except ValueError as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if frame.f_globals["__name__"].split(".")[0] not in ("engine", "__main__"):
+            raise
+        sys.exit(f"ValueError: {error}")
+
+
+def _meant(message: str, parser) -> str:
+    """The names nearest to a misspelt one, if any."""
+    names = [action.dest for action in parser._actions]  # jsonargparse 4.53 lists them nowhere public
+    unknown = [word.lstrip("-").split("=")[0] for word in message.split() if word.startswith("--")]
+    near = difflib.get_close_matches(unknown[0], names, n=3) if unknown else []
+    return f". Did you mean {' or '.join(f'--{name}' for name in near)}?" if near else ""
 
 
 def as_dict(config: Any) -> dict[str, Any]:

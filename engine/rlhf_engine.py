@@ -10,8 +10,9 @@ from engine.config import PPOConfig, TrainedRoleConfig, resolved_dtype
 from engine.distributed import comm
 from engine.distributed.initialize import Engine, frozen_engine, trained_engine
 from engine.models.language_model import load_language_model
-from engine.models.loading import load_tokenizer
+from engine.models.loading import load_tokenizer, vocabulary_size
 from engine.models.scalar_head import load_critic, load_reward_model
+from engine.rollout.self_check import check_language_model
 
 
 class DeepSpeedRLHFEngine:
@@ -43,11 +44,14 @@ class DeepSpeedRLHFEngine:
         Args:
             actor_model_name_or_path: a causal language model.
             critic_model_name_or_path: a reward model, or a language model that gets a fresh scalar head.
-            num_total_iters: PPO iterations of the run; the learning-rate schedules end with them.
+            num_total_iters: PPO iterations of the run, each of `args.steps_per_iteration` optimizer steps; with them
+                the learning-rate schedules end. (The short last batch of an epoch takes fewer.)
 
         Raises:
-            ValueError: a model that is not there or not of its kind, or whose vocabulary is not the actor's.
+            ValueError: sizes that the ranks cannot share out, a model that is not there or not of its kind, or one
+                whose vocabulary is not the actor's.
         """
+        args.check_world_size(comm.world_size())
         self.args, self.tokenizer = args, tokenizer
         self.dtype = resolved_dtype(args.dtype, on_gpu=comm.device().type == "cuda")
         self.total_steps = num_total_iters * args.steps_per_iteration
@@ -55,6 +59,8 @@ class DeepSpeedRLHFEngine:
         scalar = dict(dtype=torch_dtype, pad_token_id=tokenizer.pad_token_id)
 
         self._check_vocabulary("critic", critic_model_name_or_path)
+        if args.ref.model_name_or_path is not None:
+            self._check_vocabulary("ref", args.ref.model_name_or_path)
         self.actor = self._trained(
             "actor", args.actor, partial(load_language_model, actor_model_name_or_path, dtype=torch_dtype)
         )
@@ -70,6 +76,9 @@ class DeepSpeedRLHFEngine:
             self._check_vocabulary("reward", args.reward.model_name_or_path)
             self.reward = self._frozen("reward", partial(load_reward_model, args.reward.model_name_or_path, **scalar))
         self._check_sizes()
+        check_language_model(self.actor, role="actor")
+        if args.ref.model_name_or_path is not None:
+            check_language_model(self.ref, role="ref")
 
     def _trained(self, role: Literal["actor", "critic"], config: TrainedRoleConfig, build) -> Engine:
         return trained_engine(
@@ -90,7 +99,7 @@ class DeepSpeedRLHFEngine:
         return frozen_engine(build, ds_config=self.args.ds_config_of(role), dtype=self.dtype)
 
     def _check_vocabulary(self, role: str, model_name_or_path: str) -> None:
-        """Critic and reward model read the actor's token ids: another vocabulary would be read as other text."""
+        """All models read the actor's token ids: another vocabulary would be read as other text."""
         theirs, ours = load_tokenizer(model_name_or_path).get_vocab(), self.tokenizer.get_vocab()
         if theirs != ours:
             different = sorted(token for token in theirs.keys() | ours.keys() if theirs.get(token) != ours.get(token))
@@ -102,7 +111,7 @@ class DeepSpeedRLHFEngine:
 
     def _check_sizes(self) -> None:
         """No token id and no position may lie outside a model's embeddings."""
-        vocabulary = len(self.tokenizer)
+        vocabulary = vocabulary_size(self.tokenizer)
         longest = self.args.data.max_prompt_tokens + self.args.rollout.max_response_tokens
         for role in ("actor", "ref", "critic", "reward"):
             engine = getattr(self, role)
@@ -115,6 +124,13 @@ class DeepSpeedRLHFEngine:
                     f"would be out of range."
                 )
             positions = getattr(model_config, "max_position_embeddings", longest)  # ALiBi models have no limit
+            if role == "ref" and self.args.kl_estimator == "full":
+                actors = self.actor.module.model.config.get_text_config().vocab_size
+                if model_config.vocab_size != actors:
+                    raise ValueError(
+                        f"kl_estimator=full compares whole vocabularies: the actor's head has {actors} rows, the ref's "
+                        f"{model_config.vocab_size}. Take k1, k2 or k3."
+                    )
             if positions < longest:
                 raise ValueError(
                     f"The {role} was made for sequences of {positions} tokens, and "

@@ -8,12 +8,13 @@ exported actor/ and critic/ to the output folder. Leaves out: resuming (a run th
 
 from pathlib import Path
 
-from engine.config import PPOConfig, as_dict, parse
+from engine.config import PPOConfig, as_dict, parse, run
 from engine.data import create_datasets
 from engine.distributed import comm
 from engine.distributed.checkpoint import export_huggingface
 from engine.models.loading import load_tokenizer
 from engine.rlhf_engine import DeepSpeedRLHFEngine
+from engine.rollout.scoring import load_score_function
 from engine.tracking import Tracker
 from engine.trainers.ppo_trainer import DeepSpeedPPOTrainer
 
@@ -21,12 +22,14 @@ from engine.trainers.ppo_trainer import DeepSpeedPPOTrainer
 def main() -> None:
     config = parse(PPOConfig)
     comm.init_distributed(timeout_s=config.distributed_timeout_s)
-    config.check_world_size(comm.world_size())
     comm.check_same_everywhere({"the configuration": as_dict(config), "the installed versions": comm.versions()})
 
     output_dir, actor_name = Path(config.output_dir), config.model_of("actor")
+    if config.reward.function is not None:
+        load_score_function(config.reward.function)  # a wrong name is told before models are built
     tokenizer = load_tokenizer(actor_name)
     prompts, num_iterations = create_datasets(args=config, tokenizer=tokenizer, train_phase=3)
+    comm.check_same_everywhere({"the prompts": prompts.dataset.digest})
     rlhf_engine = DeepSpeedRLHFEngine(
         actor_model_name_or_path=actor_name,
         critic_model_name_or_path=config.model_of("critic"),
@@ -53,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,5 +1,6 @@
 """config.py and ds_configs/: what a command line may say, what is refused with which advice, what is written back."""
 
+import json
 import re
 from dataclasses import replace
 from itertools import product
@@ -10,6 +11,7 @@ import yaml
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from engine.config import (
+    CriticConfig,
     DataConfig,
     FrozenRoleConfig,
     PPOConfig,
@@ -20,6 +22,7 @@ from engine.config import (
     as_dict,
     parse,
     resolved_dtype,
+    run,
 )
 from engine.distributed.zero_config import frozen_config, training_config
 
@@ -66,7 +69,7 @@ def test_a_recipe_and_later_overrides_win_over_the_defaults(recipe):
     assert parsed.actor == TrainedRoleConfig(model_name_or_path="some/actor", learning_rate=1e-4, zero_stage=3)
     assert parsed.rollout == RolloutConfig(temperature=0.7, top_k=7)
     assert (parsed.seed, parsed.rollout_batch_size, parsed.minibatch_size) == (5, 64, 32)
-    assert parsed.critic == TrainedRoleConfig(learning_rate=5e-6)
+    assert parsed.critic == CriticConfig(learning_rate=5e-6)
     assert parsed.output_dir == "out"
 
 
@@ -379,3 +382,41 @@ def test_an_adaptive_kl_controller_needs_a_target_and_a_horizon(wrong):
     with pytest.raises(ValueError, match="needs kl_target"):
         config(kl_controller="ziegler", **wrong)
     assert config(kl_controller="fixed", **wrong).kl_controller == "fixed"
+
+
+# What a launch script says
+
+
+def test_a_near_name_is_suggested(recipe):
+    with pytest.raises(ValueError, match=r"learning_rat 1e-3\. Did you mean --actor\.learning_rate"):
+        parse(PPOConfig, [*recipe, "--output_dir", "out", "--actor.learning_rat", "1e-3"])
+
+
+def test_a_mistake_of_the_users_is_a_message():
+    with pytest.raises(SystemExit) as ended:
+        run(lambda: config(minibatch_size=0))
+    assert ended.value.code == "ValueError: minibatch_size=0 must be at least 1."
+
+
+def test_a_mistake_of_ours_keeps_its_traceback():
+    """A ValueError from inside a library is a bug until the engine has said what it means."""
+    with pytest.raises(ValueError, match="invalid literal"):
+        run(lambda: json.loads("1", parse_int=lambda text: int("x")))
+
+
+def test_sizes_that_work_are_suggested_at_once():
+    with pytest.raises(ValueError, match=r"Try --minibatch_size 8\.$"):
+        config(rollout_batch_size=8, minibatch_size=6, micro_batch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("role", "field", "value"),
+    [("", "gamma", 10), ("", "lam", -0.1), ("actor", "adam_beta2", 1.0), ("actor", "weight_decay", -3)],
+)
+def test_numbers_outside_their_range(role, field, value):
+    with pytest.raises(ValueError, match=f"{field}={value} must"):
+        TrainedRoleConfig(**{field: value}) if role else config(**{field: value})
+
+
+def test_the_critics_learning_rate_is_its_own_in_python_too():
+    assert config(critic=CriticConfig(zero_stage=3)).critic.learning_rate == 5e-6

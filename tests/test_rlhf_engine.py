@@ -14,12 +14,12 @@ from engine.rlhf_engine import DeepSpeedRLHFEngine
 def refusal(config):
     """What is said instead of building."""
     actor = config.model_of("actor")
-    with pytest.raises(ValueError, match=r"^The ") as refused:
+    with pytest.raises(ValueError, match=r"^(The |kl_estimator)") as refused:
         DeepSpeedRLHFEngine(actor, config.model_of("critic"), load_tokenizer(actor), 3, config)
     return str(refused.value)
 
 
-@pytest.mark.parametrize("role", ["critic", "reward"])
+@pytest.mark.parametrize("role", ["critic", "reward", "ref"])
 def test_a_vocabulary_that_is_not_the_actors(run_ranks, ppo_config, tmp_path, role):
     """One more token is enough: its id would be read as another text, or as none."""
     folder = tmp_path / "other"
@@ -28,6 +28,8 @@ def test_a_vocabulary_that_is_not_the_actors(run_ranks, ppo_config, tmp_path, ro
     tokenizer.add_tokens(["<extra>"])
     tokenizer.save_pretrained(folder)
     config = ppo_config(**{f"{role}__model_name_or_path": str(folder)})
+    if role == "ref":
+        shutil.copy(f"{local_name(tiny.LLAMA)}/config.json", folder)
     if role == "reward":  # which the critic would start from, and be refused first
         config = ppo_config(reward__model_name_or_path=str(folder), critic__model_name_or_path=tiny.LLAMA)
     for said in run_ranks(refusal, config):
@@ -54,3 +56,21 @@ def test_a_tokenizer_with_more_tokens_than_the_model_embeds(run_ranks, ppo_confi
     tokenizer.save_pretrained(folder)
     config = ppo_config(model=str(folder), reward__function="tiny:longest_wins")
     assert all("some ids would be out of range" in said for said in run_ranks(refusal, config))
+
+
+def test_a_full_kl_between_heads_of_different_sizes(run_ranks, ppo_config):
+    given = dict(ref__model_name_or_path=tiny.LLAMA, kl_estimator="full", reward__function="tiny:longest_wins")
+    config = ppo_config(actor__model_name_or_path=f"{tiny.LLAMA}&vocab_size=300", **given)
+    for said in run_ranks(refusal, config):
+        assert "the actor's head has 300 rows, the ref's 258. Take k1, k2 or k3." in said
+
+
+def test_sizes_that_the_ranks_cannot_share_out(run_ranks, ppo_config):
+    for said in run_ranks(refusal_of_sizes, ppo_config(minibatch_size=1, micro_batch_size=1)):
+        assert said.endswith("micro_batch_size x world_size = 1 x 2 = 2. Try --minibatch_size 2.")
+
+
+def refusal_of_sizes(config):
+    with pytest.raises(ValueError, match="minibatch_size") as refused:
+        DeepSpeedRLHFEngine(config.model_of("actor"), config.model_of("critic"), load_tokenizer(tiny.LLAMA), 3, config)
+    return str(refused.value)

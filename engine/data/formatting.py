@@ -15,7 +15,8 @@ def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
             without a chat template.
     """
     if isinstance(prompt, str):
-        return prompt
+        ended = tokenizer.eos_token or ""
+        return prompt.removesuffix(ended) or prompt  # a prompt has not ended, see `encode`; EOS alone is a prompt
     if not _is_conversation(prompt):
         raise ValueError(
             f'a prompt is a string or a list of {{"role", "content"}} messages, this is {str(prompt)[:80]!r}.'

@@ -4,6 +4,7 @@ The order of prompts depends on the seed alone, never on the number of ranks: it
 rank and on sixty-four, and rank r takes the r-th contiguous part of them.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -67,13 +68,18 @@ class PromptDataset(Dataset):
         return self.kept[index]
 
     def batch(self, rows: list[int]) -> PromptBatch:
-        columns = self.source.rows[0].keys()
+        columns = dict.fromkeys(name for row in self.source.rows for name in row)  # rows may differ in theirs
         return PromptBatch(
             tokens=[self.tokens[row] for row in rows],
             texts=[self.texts[row] for row in rows],
             ids=list(rows),
             columns={name: [self.source.rows[row].get(name) for row in rows] for name in columns},
         )
+
+    @property
+    def digest(self) -> str:
+        """Of the prompts in use, for ranks to compare."""
+        return hashlib.sha256(repr([self.tokens[row] for row in self.kept]).encode()).hexdigest()
 
     def limit_length(self, max_prompt_tokens: int, over_length: str) -> str | None:
         """Apply the over-length policy. Returns what to tell the user, or None when no prompt was too long.

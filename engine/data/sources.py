@@ -60,6 +60,8 @@ def load_source(
                 raise ValueError(f"{path}: there is no such file.")
             rows = _library(FILE_TYPES[path.suffix], name, data_files=str(path), split="train")
         else:
+            if path.is_file():
+                raise ValueError(f"{path} is none of the file types that are read: .jsonl, {', '.join(FILE_TYPES)}.")
             rows = _library(name, name, name=subset, split=split)
         places = [f"{name}, row {number}" for number in range(1, len(rows) + 1)]
     if not rows:

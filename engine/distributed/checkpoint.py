@@ -35,18 +35,22 @@ def export_huggingface(engine: DeepSpeedEngine, folder: Path, tokenizer: PreTrai
             finally:
                 model.config = live_config
             tokenizer.save_pretrained(half_done)
+            replaced = folder.with_name(folder.name + ".replaced")
+            shutil.rmtree(replaced, ignore_errors=True)
             if folder.exists():
-                shutil.rmtree(folder)
+                folder.rename(replaced)
             half_done.rename(folder)
+            shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _whole_weights(model: torch.nn.Module) -> dict[str, Tensor]:
     """Every saved tensor of the model, whole and on the CPU, on rank 0; an empty dictionary elsewhere. A collective."""
     whole: dict[str, Tensor] = {}
-    saved = model.state_dict().keys()
-    parameters = {id(p): (name, p) for name, p in model.named_parameters(remove_duplicate=False) if name in saved}
+    # A tied weight is written once, under the name that transformers ties the others to: every class finds it there.
+    saved = model.state_dict().keys() - set(model.all_tied_weights_keys)
+    parameters = {name: p for name, p in model.named_parameters(remove_duplicate=False) if name in saved}
     broken: list[str] = []
-    for name, parameter in parameters.values():  # by identity: tied weights are written once, as from_pretrained ties
+    for name, parameter in parameters.items():
         with gathered([parameter]):
             if comm.is_main():
                 whole[name] = parameter.detach().cpu().clone()

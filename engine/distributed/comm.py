@@ -45,7 +45,8 @@ def init_distributed(*, timeout_s: int = 1800) -> None:
     if get_accelerator().device_name() == "cpu":
         if "OMP_NUM_THREADS" not in os.environ:
             ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])))
-            torch.set_num_threads(max(1, psutil.cpu_count(logical=False) // ranks_here))
+            cores = psutil.cpu_count(logical=False) or psutil.cpu_count()
+            torch.set_num_threads(max(1, cores // ranks_here))
         _build_ops()
     else:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
@@ -154,7 +155,8 @@ def same_error_everywhere() -> Iterator[None]:
         yield
     except Exception as caught:  # reported on every rank below
         error = caught
-    messages = gathered_objects(None if error is None else f"{type(error).__name__}: {error}")
+    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    messages = gathered_objects(None if error is None else f"{kind}{error}")
     failed = {number: message for number, message in enumerate(messages) if message is not None}
     if failed:
         first, message = next(iter(failed.items()))

@@ -84,12 +84,14 @@ def _check_it_fits(engine: DeepSpeedEngine) -> None:
     dtype = next(engine.module.parameters()).dtype
     needed = parameter_count(engine) * dtype.itemsize
     if comm.device().type == "cuda":
-        free = torch.cuda.mem_get_info()[0]
+        # What torch's allocator holds idle since the last phase is as good as free.
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     else:
         free = psutil.virtual_memory().available // comm.world_size()
-    if not comm.all_true(needed < free):
+    least = -comm.max_over_ranks(-free)
+    if needed >= least:
         raise ValueError(
-            f"The whole actor takes {needed / 2**30:.1f} GiB on every rank during generation, and a rank has only "
-            f"{free / 2**30:.1f} GiB free (this is rank {comm.rank()}). Set --rollout.weights sharded to generate "
-            f"from the shards, slower; or use more GPUs, or a smaller rollout.micro_batch_size."
+            f"The whole actor takes {needed / 2**30:.1f} GiB on every rank during generation, and one rank has only "
+            f"{least / 2**30:.1f} GiB free. Set --rollout.weights sharded to generate from the shards, slower; or use "
+            f"more GPUs, or a smaller rollout.micro_batch_size."
         )

@@ -49,6 +49,7 @@ def trained_engine(
 
     Args:
         build_model: makes the wrapper module; its `.model` is the transformers model.
+        weight_decay: of matrices; vectors (norms, biases) have none.
         total_steps: optimizer steps until the schedule ends.
     """
     config = training_config(ds_config, dtype=dtype, max_grad_norm=max_grad_norm)
@@ -57,12 +58,11 @@ def trained_engine(
         module.model.gradient_checkpointing_enable({"use_reentrant": False})
     decayed = [p for p in module.parameters() if p.requires_grad and _rank(p) > 1]
     others = [p for p in module.parameters() if p.requires_grad and _rank(p) <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=learning_rate,
-        betas=betas,
-        fused=True,
-    )
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]  # DeepSpeed drops an empty one, and the schedule misses it
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+    # transformers' "constant" has no warm-up.
+    lr_scheduler = "constant_with_warmup" if lr_scheduler == "constant" else lr_scheduler
     scheduler = get_scheduler(lr_scheduler, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=scheduler, config=config)
     restore_rope(engine.module)

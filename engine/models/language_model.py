@@ -15,7 +15,7 @@ class TokenLogprobs(NamedTuple):
 
     logprobs: Tensor  # (N,) fp32
     hidden: Tensor  # (N, H) the states that predict the tokens
-    entropy: Tensor | None  # (N,) fp32, of the distributions the tokens were drawn from; None with gradients
+    entropy: Tensor | None  # (N,) fp32, of the whole distributions; None with gradients
 
 
 class LanguageModel(nn.Module):

@@ -29,12 +29,17 @@ def load_tokenizer(model_name_or_path: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{model_name_or_path} holds no tokenizer that loads: {error}") from error
+        raise ValueError(f"The tokenizer of {model_name_or_path} did not load: {error}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"The tokenizer of {model_name_or_path} has no end-of-sequence token: nothing could end.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest id it knows. A model's embedding may have more rows, which stand for nothing."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def load_pretrained(auto_class: type, model_name_or_path: str, *, dtype: torch.dtype, **overrides) -> PreTrainedModel:

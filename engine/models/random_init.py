@@ -17,6 +17,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
@@ -68,6 +69,8 @@ def _write(name: str, folder: Path) -> None:
         config = AutoConfig.for_model(url.netloc, **special, **({"vocab_size": len(tokenizer)} | fields))
     except ValueError as error:
         raise ValueError(f"{name}: transformers has no model type {url.netloc!r}.") from error
+    except StrictDataclassError as error:  # sizes that do not fit together
+        raise ValueError(f"{name}: {error}") from error
     if unknown := sorted(fields.keys() - type(config)().to_dict().keys() - config.attribute_map.keys()):
         raise ValueError(f"{name}: {type(config).__name__} has no field {', '.join(unknown)}.")
     rng_state = torch.get_rng_state()

@@ -30,7 +30,7 @@ class Experience:
     logprobs: Tensor  # (N,) under the actor that sampled
     ref_logprobs: Tensor  # (N,) under the ref
     kl: Tensor  # (N,) estimate of KL(actor || ref)
-    entropy: Tensor  # (N,) of the distribution y_t was drawn from
+    entropy: Tensor  # (N,) of the actor's distribution at y_t, before top-p and top-k
     values: Tensor  # (N,) under the critic of the same moment
     rewards: Tensor  # (N,) KL penalty, plus the score at the last token
     advantages: Tensor  # (N,) whitened over the whole iteration

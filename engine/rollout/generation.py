@@ -30,6 +30,7 @@ class Sampling:
         temperature: 0 takes the likeliest token (not for training: such a response has no log-probability ratio).
         top_k, top_p: 0 and 1.0 switch them off.
         min_response_tokens: the end-of-sequence tokens have probability 0 before so many.
+        vocabulary_size: ids from here on are never drawn: an embedding may have more rows than there are tokens.
     """
 
     max_response_tokens: int
@@ -37,6 +38,7 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    vocabulary_size: int | None = None
 
 
 def noise_of_rows(keys: Sequence[tuple[int, ...]], length: int) -> Tensor:
@@ -126,6 +128,8 @@ def _decode(model, prompts, noise, rows, responses, sampling, eos_token_ids, dev
             .logits[:, -1]
             .float()
         )
+        if sampling.vocabulary_size is not None:
+            logits[:, sampling.vocabulary_size :] = -torch.inf
         if step < sampling.min_response_tokens:
             logits[:, eos] = -torch.inf
         tokens = _draw(logits, uniform[:, step], sampling, warp)
@@ -165,7 +169,7 @@ def _draw(logits: Tensor, uniform: Tensor, sampling: Sampling, warp: LogitsProce
     threshold = uniform[:, None] * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
     # Past the end only if the logits are not finite: the step is then skipped on all ranks, if all ranks get there.
-    return tokens.clamp(max=logits.shape[-1] - 1)
+    return tokens.clamp(max=(sampling.vocabulary_size or logits.shape[-1]) - 1)
 
 
 def _idle_step(model: PreTrainedModel, device: torch.device) -> None:

@@ -1,5 +1,9 @@
 """Where the score of a whole response comes from, when it is not a reward model: a Python function of the user's."""
 
+import inspect
+import os
+import sys
+import traceback
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -11,18 +15,20 @@ ScoreFunction = Callable[..., list[float]]
 
 
 def load_score_function(spec: str) -> ScoreFunction:
-    """The function that `module:function` names.
+    """The function that `module:function` names; the folder that the run was started in is searched last.
 
     Raises:
         ValueError: there is no such module or function.
     """
     module_name, function_name = spec.split(":")
+    if os.getcwd() not in sys.path:  # launchers put the script's folder there, not the one a user stands in
+        sys.path.append(os.getcwd())
     try:
         module = import_module(module_name)
     except ImportError as error:
         raise ValueError(
-            f"reward.function={spec}: importing {module_name} failed ({error}). "
-            f"Is its folder on PYTHONPATH, or its package installed?"
+            f"reward.function={spec}: importing {module_name} failed ({error}). It is looked for in {os.getcwd()}, on "
+            f"PYTHONPATH and among the installed packages."
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -47,9 +53,19 @@ def scores_of_function(
     given = {name: values for name, values in columns.items() if name not in ("prompts", "responses")}
     name = getattr(function, "__qualname__", type(function).__qualname__)  # a callable object has no name of its own
     try:
+        inspect.signature(function).bind(prompts=prompts, responses=responses, **given)
+    except TypeError as error:
+        raise ValueError(
+            f"the score function {name} is called with prompts, responses and the dataset's columns "
+            f"({', '.join(given) or 'none'}), which do not fit its arguments: {error}. Columns it has no use for go into "
+            f"**columns."
+        ) from error
+    try:
         scores = function(prompts=prompts, responses=responses, **given)
     except Exception as error:  # the user's code: whatever it raises is shown with the function's name
-        raise ValueError(f"the score function {name} raised {type(error).__name__}: {error}") from error
+        where = traceback.extract_tb(error.__traceback__)[1:2]  # the line in the user's function itself
+        place = "".join(f" ({frame.filename}, line {frame.lineno})" for frame in where)
+        raise ValueError(f"the score function {name} raised {type(error).__name__}: {error}{place}") from error
     try:
         numbers = [float(score) for score in scores]
     except (TypeError, ValueError) as error:

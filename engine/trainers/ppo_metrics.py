@@ -1,5 +1,7 @@
 """What an iteration is judged by: means over the responses or tokens of all ranks, or their extremes."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,8 @@ class StepStatistics:
         self.count, self.clip_range, self.value_clip_range = count, clip_range, value_clip_range
         self.policy_loss = self.value_loss = 0.0  # each micro-batch's is divided by count already
         self.clipped = self.approx_kl = self.value_clipped = 0.0
-        self.log_ratio_max = 0.0
+        self.log_ratio_max = 0.0  # of |log ratio|
+        self.ratio_max = 1.0
 
     @property
     def losses_are_finite(self) -> bool:
@@ -33,6 +36,7 @@ class StepStatistics:
         self.policy_loss += loss.item()
         self.clipped += seen["clipped"].item()
         self.approx_kl += seen["approx_kl"].item()
+        self.ratio_max = max(self.ratio_max, seen["ratio_max"].item())
         log_ratios = (new_logprobs - logprobs)[mask]
         if len(log_ratios):
             self.log_ratio_max = max(self.log_ratio_max, log_ratios.abs().max().item())
@@ -56,24 +60,30 @@ class StepStatistics:
             "policy/clip_fraction": clipped / self.count,
             "policy/approx_kl": approx_kl / self.count,
             "policy/log_ratio_max": comm.max_over_ranks(self.log_ratio_max),
+            "policy/ratio_max": comm.max_over_ranks(self.ratio_max),
             "value/clip_fraction": values_clipped / self.count,
         }
 
 
+MEANS_OF_STEPS = (
+    *("loss/policy", "loss/value", "policy/clip_fraction", "policy/approx_kl", "value/clip_fraction"),
+    *("grad_norm/actor", "grad_norm/critic"),
+)
+
+
 def step_metrics(steps: list[dict[str, float]]) -> dict[str, float]:
-    """An iteration's optimizer steps: means over tokens; `policy/ratio_max` and `policy/first_log_ratio_max` are the
-    largest ratio of all steps and the largest |log ratio| of the first, which is 0 but for rounding.
+    """An iteration's optimizer steps: means over tokens; `policy/ratio_max` is the largest ratio of all steps and
+    `policy/first_log_ratio_max` the largest |log ratio| of the first, which is 0 but for rounding. NaN when every step
+    was skipped.
     """
-    if not steps:
-        return {}
     tokens = sum(step["tokens"] for step in steps)
-    extremes = ("tokens", "policy/log_ratio_max")
     means = {
-        name: sum(step[name] * step["tokens"] for step in steps) / tokens for name in steps[0] if name not in extremes
+        name: sum(step[name] * step["tokens"] for step in steps) / tokens if steps else math.nan
+        for name in MEANS_OF_STEPS
     }
     return means | {
-        "policy/ratio_max": torch.tensor(max(step["policy/log_ratio_max"] for step in steps)).exp().item(),
-        "policy/first_log_ratio_max": steps[0]["policy/log_ratio_max"],
+        "policy/ratio_max": max(step["policy/ratio_max"] for step in steps) if steps else math.nan,
+        "policy/first_log_ratio_max": steps[0]["policy/log_ratio_max"] if steps else math.nan,
     }
 
 

@@ -24,6 +24,7 @@ from engine.data import PromptBatch
 from engine.distributed import comm
 from engine.distributed.gather import gathered_for_generation, sharded_for_generation
 from engine.distributed.optimization import accumulate, step_together
+from engine.models.loading import vocabulary_size
 from engine.rlhf_engine import DeepSpeedRLHFEngine
 from engine.rollout.experience import Experience, shaped_experience
 from engine.rollout.generation import Sampling, eos_token_ids_of, generate_responses, noise_of_rows
@@ -39,6 +40,9 @@ SMALLER = {
     "score": "--micro_batch_size or --logits_chunk_tokens",
     "train": "--micro_batch_size or --logits_chunk_tokens, or set --actor.gradient_checkpointing true",
 }
+
+# How far apart two computations of a log-probability may be, in nats, when micro-batches are cut in another way.
+ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 
 
 @dataclass
@@ -66,12 +70,14 @@ class DeepSpeedPPOTrainer:
             temperature=args.rollout.temperature,
             top_p=args.rollout.top_p,
             top_k=args.rollout.top_k,
+            vocabulary_size=vocabulary_size(self.tokenizer),
         )
         self.eos_token_ids = eos_token_ids_of(self.actor.module.model, self.tokenizer)
         self.progress = Progress(kl_coef=args.kl_coef)
         self.seconds: dict[str, float] = {}
         self.steps: list[dict[str, float]] = []
         self.samples: list[dict[str, Any]] = []
+        self.warned = False
 
     def train(self, prompts: Iterable[PromptBatch], num_iterations: int, tracker: Tracker) -> None:
         """The whole run; `prompts` is gone through as often as that takes."""
@@ -155,6 +161,7 @@ class DeepSpeedPPOTrainer:
             for _ in range(self.config.ppo_epochs):
                 for minibatch in experience.minibatches(self.config.minibatch_size, rng):
                     self.train_rlhf(minibatch)
+        self._warn_of_another_policy()
 
     def train_rlhf(self, experience: Experience) -> tuple[float, float]:
         """One optimizer step of the actor and one of the critic on these responses: on all ranks, or on none.
@@ -234,6 +241,19 @@ class DeepSpeedPPOTrainer:
             step.add_value(loss, *given)
             accumulate(self.critic, loss, last=last)
 
+    def _warn_of_another_policy(self) -> None:
+        """Before an iteration's first step actor and rollout are the same policy: log-ratios are 0 but for rounding."""
+        largest = self.steps[0]["policy/log_ratio_max"] if self.steps else 0.0
+        allowed = ROUNDING[next(self.actor.module.parameters()).dtype]
+        if largest > allowed and not self.warned and comm.is_main():
+            print(
+                f"Warning: iteration {self.progress.iteration}: before the first step the actor's log-probabilities "
+                f"are up to {largest:.2g} nats from those of the rollout, where rounding explains {allowed}: the "
+                f"update is not on-policy. Does the model compute something else in training mode?",
+                flush=True,
+            )
+        self.warned |= largest > allowed
+
     def _skip(self, cause: str) -> tuple[float, float]:
         self.progress.skipped_steps += 1
         self.progress.skipped_in_a_row += 1
@@ -281,7 +301,12 @@ class DeepSpeedPPOTrainer:
 
 def _endlessly(batches: Iterable[PromptBatch]) -> Iterator[PromptBatch]:
     while True:
-        yield from batches
+        empty = True
+        for batch in batches:
+            empty = False
+            yield batch
+        if empty:
+            raise ValueError("The prompts came to their end. Pass something that can be gone through again and again.")
 
 
 def _marking_last(batches: Iterable) -> Iterator[tuple[Any, bool]]:

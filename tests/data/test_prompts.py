@@ -122,6 +122,17 @@ def test_a_batch_carries_its_columns_and_row_numbers():
     assert texts_of(batch.tokens) == ["c", "a"]
 
 
+def test_every_column_of_any_row_is_there():
+    rows = [{"prompt": "a"}, {"prompt": "b", "answer": "7"}]
+    source = Source("mine.jsonl", rows, ["mine.jsonl, line 1", "mine.jsonl, line 2"])
+    assert PromptDataset(source, "prompt", byte_tokenizer()).batch([0, 1]).columns["answer"] == [None, "7"]
+
+
+def test_a_prompt_that_ends_with_eos_has_not_ended_as_text_or_as_tokens():
+    batch = dataset("stop at <eos>", "<eos>").batch([0, 1])
+    assert batch.texts == ["stop at ", "<eos>"] == texts_of(batch.tokens)
+
+
 def test_repeated_keeps_samples_of_a_prompt_together():
     batch = dataset("a", "b").batch([1, 0]).repeated(3)
     assert batch.ids == [1, 1, 1, 0, 0, 0]

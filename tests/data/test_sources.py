@@ -134,3 +134,11 @@ def test_a_missing_column_lists_the_columns_there_are(tmp_path, wanted):
     with pytest.raises(ValueError, match=r"story, answer.*--data\.prompt_column") as error:
         source.column(wanted, PROMPT_COLUMNS, "--data.prompt_column")
     assert (wanted or "question") in str(error.value)
+
+
+def test_a_file_of_another_type_is_named_with_the_types_there_are(tmp_path):
+    (tmp_path / "p.txt").write_text("a prompt")
+    with pytest.raises(
+        ValueError, match=r"p\.txt is none of the file types that are read: \.jsonl, \.json, \.csv, \.parquet"
+    ):
+        load_source(str(tmp_path / "p.txt"))

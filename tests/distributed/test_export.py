@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from engine.distributed import comm
 from engine.distributed.checkpoint import export_huggingface
@@ -156,3 +156,20 @@ def test_a_weight_that_is_not_finite_is_not_exported(run_ranks, strict_z3, tmp_p
         assert after == before
         assert "model.safetensors" in after
         assert folders == ["export"]
+
+
+def export_tied(folder):
+    model = "random://llama?hidden_size=32&num_hidden_layers=1&num_attention_heads=4&tie_word_embeddings=true"
+    engine = engines.actor(model, engines.ROOT / "ds_configs" / "zero2.json")
+    engines.train_actor(engine)
+    export_huggingface(engine, Path(folder), load_tokenizer(model))
+    return engine.module.model.get_input_embeddings().weight.detach().clone()
+
+
+@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification])
+def test_a_tied_embedding_is_found_by_every_class(run_ranks, tmp_path, auto_class):
+    """A critic, or an encoder, that starts from an exported actor has no language-model head to find it under."""
+    embedding = run_ranks(export_tied, str(tmp_path / "out"), world_size=1)[0]
+    model, report = auto_class.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert {name for name in report["missing_keys"] if "score" not in name} == set()
+    assert torch.equal(model.get_input_embeddings().weight, embedding)

@@ -12,6 +12,7 @@ from torch import nn
 
 from engine.distributed import initialize
 from engine.distributed.gather import is_sharded
+from engine.distributed.optimization import step_together
 
 KINDS = (0, 1, 2, "strict")
 
@@ -147,3 +148,85 @@ def test_rounded_frequencies_would_show(run_ranks, strict_z3, kind):
     """Negative control of the test above."""
     for _, error in run_ranks(frequencies, kind, strict_z3, True, False)[1]:
         assert error > 1e-4
+
+
+# The optimizer and its schedule
+
+
+def learning_rates(scheduler, warmup_steps, steps):
+    engine = engines.trained(
+        engines.language_builder(tiny.LLAMA),
+        engines.ds_file(2, ""),
+        lr_scheduler=scheduler,
+        warmup_steps=warmup_steps,
+        total_steps=4,
+    )
+    rates = []
+    for _ in range(steps):
+        rates.append(engine.get_lr()[0])
+        engines.train_actor(engine)
+    return rates
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "warmup_steps", "wanted"),
+    [
+        ("constant", 0, [1, 1, 1, 1, 1]),
+        ("constant", 2, [0, 1 / 2, 1, 1, 1]),
+        ("linear", 0, [1, 3 / 4, 1 / 2, 1 / 4, 0]),
+        ("linear", 2, [0, 1 / 2, 1, 1 / 2, 0]),
+        ("cosine", 0, [(1 + math.cos(math.pi * step / 4)) / 2 for step in range(5)]),
+    ],
+)
+def test_the_learning_rate_of_every_step(run_ranks, scheduler, warmup_steps, wanted):
+    for rates in run_ranks(learning_rates, scheduler, warmup_steps, 5):
+        assert rates == pytest.approx([1e-3 * share for share in wanted], abs=1e-9)
+
+
+def optimizer_groups(kind, strict_z3):
+    engine = engines.trained(
+        engines.language_builder(tiny.GPT2), engines.ds_file(kind, strict_z3), betas=(0.8, 0.7), weight_decay=0.3
+    )
+    seen = []
+    for group in engine.optimizer.param_groups:
+        seen.append((group["weight_decay"], tuple(group["betas"]), group["lr"]))
+    return seen
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_optimizer_has_the_runs_numbers(run_ranks, strict_z3, kind):
+    """Matrices decay, vectors do not."""
+    for seen in run_ranks(optimizer_groups, kind, strict_z3):
+        assert seen == [(0.3, (0.8, 0.7), 1e-3), (0.0, (0.8, 0.7), 1e-3)]
+
+
+def decayed_by_one_step(kind, strict_z3):
+    """How much of each parameter a step without a gradient leaves: what weight decay takes."""
+    engine = engines.trained(
+        engines.language_builder(tiny.LLAMA), engines.ds_file(kind, strict_z3), weight_decay=0.5, learning_rate=0.1
+    )
+    before = engines.weights(engine)
+    engines.backward(engine, engines.policy_loss, engines.rows(), factor=0.0)
+    assert step_together([engine], healthy=True) is not None
+    after = engines.weights(engine)
+    return {name: (tensor.dim(), (after[name].norm() / tensor.norm()).item()) for name, tensor in before.items()}
+
+
+@pytest.mark.parametrize("kind", [0, "strict"])
+def test_weight_decay_is_for_matrices(run_ranks, strict_z3, kind):
+    for left in run_ranks(decayed_by_one_step, kind, strict_z3):
+        for name, (dimensions, share) in left.items():
+            assert share == pytest.approx(1 - 0.1 * 0.5 if dimensions > 1 else 1.0, abs=1e-5), name
+
+
+def one_step_without_vectors():
+    """OLMo's norms have no weights: all parameters are matrices."""
+    engine = engines.actor(
+        "random://olmo?hidden_size=32&num_hidden_layers=1&num_attention_heads=4", engines.ds_file(2, "")
+    )
+    return engines.train_actor(engine)
+
+
+def test_a_model_without_vectors_trains(run_ranks):
+    first, second = run_ranks(one_step_without_vectors)
+    assert first == second and math.isfinite(first)

@@ -100,7 +100,8 @@ def test_a_rank_that_fails_takes_the_job_down(launch, function):
     assert time.time() - float(out.with_name("died_at").read_text()) < 30
     if function == "raises":
         assert done.stderr.count("ValueError: on rank 1 of 2") >= 2, "the same message on both ranks"
-        assert "no such gold answer" in done.stderr
+        assert re.search(r"KeyError: 'no such gold answer' \(.*my_scores\.py, line \d+\)", done.stderr)
+        assert "Traceback" not in done.stderr, "a mistake of the user's is a message"
 
 
 def test_a_bad_config_ends_every_rank_with_what_to_do(launch):
@@ -108,4 +109,5 @@ def test_a_bad_config_ends_every_rank_with_what_to_do(launch):
     assert done.returncode != 0
     assert done.stderr.count("minibatch_size=2 is not a multiple of micro_batch_size x world_size = 2 x 2 = 4") >= 2
     assert "Try --minibatch_size 4." in done.stderr
+    assert "Traceback" not in done.stderr
     assert not out.exists()

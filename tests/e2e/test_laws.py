@@ -184,3 +184,24 @@ def test_ranks_with_the_same_prompt_draw_different_responses(run_ranks, ppo_conf
     (texts, ours, _), (other_texts, theirs, _) = run_ranks(two_of_a_kind, config)
     assert texts == other_texts
     assert len({tuple(response) for response in ours + theirs}) == 8
+
+
+def test_the_schedule_ends_with_the_run(run_ranks, ppo_config):
+    """Two iterations of four steps: the rate is half-way down after the first and zero after the last."""
+    config = ppo_config(num_iterations=2, actor__lr_scheduler="linear", actor__warmup_steps=2)
+    assert config.steps_per_iteration == 4
+    for result in run_ranks(train, config):
+        assert [line["lr/actor"] for line in result["metrics"]] == pytest.approx([1e-3 * 4 / 6, 0.0])
+
+
+def rolled_out(config):
+    trainer, prompts = build(config)
+    return trainer.generate_experience(next(iter(prompts))).sequences.tokens.max().item()
+
+
+def test_no_token_is_drawn_that_the_tokenizer_does_not_have(run_ranks, ppo_config):
+    """Embeddings are padded to round sizes, each model's to its own: the others have no row for such an id."""
+    config = ppo_config(
+        actor__model_name_or_path=f"{tiny.LLAMA}&vocab_size=700", reward__model_name_or_path=tiny.score_head(tiny.LLAMA)
+    )
+    assert all(2 <= largest < 258 for largest in run_ranks(rolled_out, config))

@@ -53,7 +53,7 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path):
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ValueError, match=f"{tmp_path.name} holds no tokenizer"):
+    with pytest.raises(ValueError, match=f"tokenizer of .*{tmp_path.name} did not load"):
         load_tokenizer(str(tmp_path))
     with pytest.raises(ValueError, match="no such model folder"):
         load_tokenizer(str(tmp_path / "nowhere"))

@@ -1,6 +1,7 @@
 """scoring.py: what a user's score function is given and what it may give back."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def test_a_missing_argument_is_shown_with_its_name():
     def wants_more(prompts, responses, answer):
         return [0, 0]
 
-    with pytest.raises(ValueError, match=r"wants_more raised TypeError: .*answer"):
+    with pytest.raises(ValueError, match=r"wants_more is called with .*missing a required argument: 'answer'"):
         scores(wants_more)
 
 
@@ -118,3 +119,27 @@ def test_a_callable_object_is_a_score_function(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     assert scores(load_score_function("scorer_of_tests:longest")).tolist() == [1, 3]
     assert scores(load_score_function("scorer_of_tests:twice")).tolist() == [2, 6]
+
+
+def test_a_function_that_does_not_take_the_columns_is_told_how_to(tmp_path):
+    def narrow(prompts, responses, answer):
+        return [0.0, 0.0]
+
+    with pytest.raises(ValueError, match=r"narrow is called with .*\(answer, level\).*'level'.*go into \*\*columns"):
+        scores(narrow, answer=["1", "2"], level=[3, 4])
+
+
+def test_an_error_names_the_line_of_the_users_function():
+    def fails(prompts, responses):
+        return len(responses) / 0
+
+    line = fails.__code__.co_firstlineno + 1
+    with pytest.raises(ValueError, match=rf"fails raised ZeroDivisionError: .* \(.*test_scoring\.py, line {line}\)"):
+        scores(fails)
+
+
+def test_a_module_in_the_folder_of_the_run_is_found(tmp_path, monkeypatch):
+    (tmp_path / "scores_of_my_own.py").write_text("def one(**given): return [1.0]")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", sys.path.copy())
+    assert load_score_function("scores_of_my_own:one")() == [1.0]

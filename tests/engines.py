@@ -1,4 +1,4 @@
-"""Engines of tiny models and something to train them on, for the tests of this folder; runs on every rank."""
+"""Engines of tiny models and something to train them on, for tests; runs on every rank."""
 
 import hashlib
 from functools import partial
@@ -15,7 +15,7 @@ from engine.models.language_model import load_language_model
 from engine.models.scalar_head import load_critic
 from engine.rollout.sequences import Sequences
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 TEMPERATURE = dict(temperature=0.7, chunk_tokens=16)
 
 
@@ -28,20 +28,19 @@ def language_builder(name: str, dtype: str = "float32"):
     return partial(load_language_model, name, dtype=getattr(torch, dtype))
 
 
-def trained(build, ds_config: Path, *, dtype: str = "float32", max_grad_norm: float = 0.0):
-    return trained_engine(
-        build,
-        ds_config=ds_config,
-        dtype=dtype,
+def trained(build, ds_config: Path, *, dtype: str = "float32", **given):
+    """A trained engine; `given` takes the place of these settings."""
+    settings = dict(
         learning_rate=1e-3,
         lr_scheduler="linear",
         warmup_steps=0,
         total_steps=100,
         weight_decay=0.01,
         betas=(0.9, 0.95),
-        max_grad_norm=max_grad_norm,
+        max_grad_norm=0.0,
         gradient_checkpointing=False,
     )
+    return trained_engine(build, ds_config=ds_config, dtype=dtype, **settings | given)
 
 
 def actor(name: str, ds_config: Path, *, dtype: str = "float32"):
