@@ -1,5 +1,7 @@
 """The laws of a PPO run: what may not change its numbers, and what must hold at its start."""
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -205,3 +207,16 @@ def test_no_token_is_drawn_that_the_tokenizer_does_not_have(run_ranks, ppo_confi
         actor__model_name_or_path=f"{tiny.LLAMA}&vocab_size=700", reward__model_name_or_path=tiny.score_head(tiny.LLAMA)
     )
     assert all(2 <= largest < 258 for largest in run_ranks(rolled_out, config))
+
+
+def warned(config, nats):
+    """Whether a rollout whose log-probabilities are off by so many nats is told from the actor's own."""
+    trainer, prompts = build(config)
+    experience = trainer.generate_experience(next(iter(prompts)))
+    trainer.train_on(replace(experience, logprobs=experience.logprobs + nats))
+    return trainer.warned
+
+
+def test_a_rollout_of_another_policy_is_warned_of(run_ranks, ppo_config):
+    assert run_ranks(warned, ppo_config(), 0.0) == [False, False]
+    assert run_ranks(warned, ppo_config(), 0.01) == [True, True]
