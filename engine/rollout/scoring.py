@@ -57,8 +57,8 @@ def scores_of_function(
     except TypeError as error:
         raise ValueError(
             f"the score function {name} is called with prompts, responses and the dataset's columns "
-            f"({', '.join(given) or 'none'}), which do not fit its arguments: {error}. Columns it has no use for go into "
-            f"**columns."
+            f"({', '.join(given) or 'none'}), which do not fit its arguments: {error}. Columns it has no use for go "
+            f"into **columns."
         ) from error
     try:
         scores = function(prompts=prompts, responses=responses, **given)
