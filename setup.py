@@ -14,7 +14,7 @@ readme = Path(__file__).parent / "README.md"
 setup(
     name="rlhf-engine",
     version="0.1.0",
-    description="PPO for language models on DeepSpeed, from one CPU to many GPUs",
+    description="SFT, reward models, DPO and PPO for language models on DeepSpeed, from one CPU to many GPUs",
     long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -28,6 +28,7 @@ setup(
         "transformers>=5.17,<6",
         "peft>=0.21,<1",
         "datasets>=5.2,<6",
+        "jinja2>=3.1,<4",
         "safetensors>=0.8,<1",
         "numpy>=2.4,<3",
         "pyyaml>=6.0,<7",

@@ -1,4 +1,5 @@
-"""A distributed RLHF engine: actor, ref, critic and reward model under ZeRO sharding, trained by PPO.
+"""A distributed RLHF engine: actor, ref, critic and reward model under ZeRO sharding, trained by PPO;
+SFT, reward models and DPO around it.
 
 The public names are imported on first use, so that `import engine` stays cheap and never pulls in deepspeed.
 """
@@ -6,10 +7,14 @@ The public names are imported on first use, so that `import engine` stays cheap 
 from importlib import import_module
 
 _HOMES = {
+    "DPOConfig": "engine.config",
     "PPOConfig": "engine.config",
+    "RewardModelConfig": "engine.config",
+    "SFTConfig": "engine.config",
     "create_datasets": "engine.data",
     "DeepSpeedRLHFEngine": "engine.rlhf_engine",
     "DeepSpeedPPOTrainer": "engine.trainers.ppo_trainer",
+    "SupervisedTrainer": "engine.trainers.supervised_trainer",
 }
 __all__ = sorted(_HOMES)
 

@@ -13,10 +13,13 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from engine.config import (
     CriticConfig,
     DataConfig,
+    DPOConfig,
     FrozenRoleConfig,
     PPOConfig,
     RewardConfig,
+    RewardModelConfig,
     RolloutConfig,
+    SFTConfig,
     TrackingConfig,
     TrainedRoleConfig,
     as_dict,
@@ -151,11 +154,15 @@ def test_config_yaml_parses_back_to_the_same_config(tmp_path, changes):
     assert parse(PPOConfig, ["--config", str(path)]) == written
 
 
+STAGES = {"sft": (SFTConfig, "model"), "reward": (RewardModelConfig, "reward"), "dpo": (DPOConfig, "model")}
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_every_recipe_in_the_checkout_parses(path):
-    parsed = parse(PPOConfig, ["--config", str(path), "--output_dir", "out"])
+    config_class, role = STAGES.get(path.stem.split("_")[-1], (PPOConfig, "actor"))
+    parsed = parse(config_class, ["--config", str(path), "--output_dir", "out"])
     written = yaml.safe_load(path.read_text())
-    assert parsed.actor.model_name_or_path == written["actor"]["model_name_or_path"]
+    assert getattr(parsed, role).model_name_or_path == written[role]["model_name_or_path"]
     assert parsed.output_dir == "out"
     parsed.check_world_size(1)
     parsed.check_world_size(2)

@@ -1,10 +1,13 @@
-"""Text of a prompt as the model sees it. The one `render` that every stage uses."""
+"""Text of prompts and responses as the models see it. The one `render` that every stage uses."""
 
-from typing import Any
+from typing import Any, Literal
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-Prompt = str | list[dict[str, str]]
+Messages = list[dict[str, str]]
+Prompt = str | Messages
+ASSISTANT_TURN = "\n\nAssistant:"
 
 
 def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -17,32 +20,148 @@ def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
     if isinstance(prompt, str):
         ended = tokenizer.eos_token or ""
         return prompt.removesuffix(ended) or prompt  # a prompt has not ended, see `encode`; EOS alone is a prompt
-    if not _is_conversation(prompt):
+    if not is_conversation(prompt):
         raise ValueError(
             f'a prompt is a string or a list of {{"role", "content"}} messages, this is {str(prompt)[:80]!r}.'
         )
     if tokenizer.chat_template is None:
-        raise ValueError("the prompt is a list of messages, and the tokenizer has no chat template to render it with.")
-    return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        raise ValueError(
+            "the prompt is a list of messages, and the tokenizer has no chat template to render it with. "
+            "Name a file that holds one with --data.chat_template."
+        )
+    return _templated(prompt, tokenizer, add_generation_prompt=True)
+
+
+def render_response(prompt: Prompt, response: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What follows `render(prompt)` when this is the answer: itself after a string, and what the chat template makes of
+    it after a conversation (its end-of-turn marks are part of it).
+
+    Raises:
+        ValueError: the template writes an answered conversation in a way that does not begin with the prompt.
+    """
+    response = response.removesuffix(tokenizer.eos_token or "")  # it ends with EOS anyway, see `encode_exchange`
+    if isinstance(prompt, str):
+        return response
+    before = render(prompt, tokenizer)
+    answered = [*prompt, {"role": "assistant", "content": response}]
+    whole = _templated(answered, tokenizer, add_generation_prompt=False)
+    if not whole.startswith(before):
+        raise ValueError(
+            f"the chat template writes this conversation as ...{before[-40:]!r} when it asks for an answer, but not "
+            f"when it holds one: ...{whole[max(0, len(before) - 40) :][:80]!r}. Name another with --data.chat_template."
+        )
+    return whole[len(before) :]
+
+
+def as_prompt(cell: Any, prompt_format: Literal["text", "chat"]) -> Prompt:
+    """A cell of a prompt column as a prompt: under `chat` a string is what the user says.
+
+    Raises:
+        ValueError: it is neither text nor a conversation, or an empty string.
+    """
+    if isinstance(cell, str):
+        if not cell:
+            raise ValueError("the prompt is empty.")
+        return cell if prompt_format == "text" else [{"role": "user", "content": cell}]
+    if not is_conversation(cell):
+        raise ValueError(
+            f'a prompt is a string or a list of {{"role", "content"}} messages, this is {str(cell)[:80]!r}.'
+        )
+    return cell
+
+
+def exchange(prompt: Prompt | None, answer: Any) -> tuple[Prompt, str]:
+    """A prompt and a response out of what data sets call an answer.
+
+        exchange("2 + 2 =", " 4")                                    a prompt, and text
+        exchange([user], [assistant])                                a prompt, and the turn that answers it
+        exchange(None, [user, assistant])                            a whole conversation, split at its last turn
+        exchange(None, "\\n\\nHuman: ...\\n\\nAssistant: ...")           a transcript, split at its last "Assistant:"
+
+    Raises:
+        ValueError: the answer is none of these.
+    """
+    if isinstance(answer, str):
+        if prompt is not None:
+            return prompt, answer
+        before, marker, response = answer.rpartition(ASSISTANT_TURN)
+        if not marker:
+            raise ValueError(
+                f"there is no prompt column, and {answer[:80]!r} is not a transcript with {ASSISTANT_TURN!r} in it."
+            )
+        return before + marker, response
+    if not is_conversation(answer) or answer[-1]["role"] != "assistant":
+        raise ValueError(
+            f"a response is a string or a list of messages that ends with the assistant's, this is "
+            f"{str(answer)[:80]!r}."
+        )
+    *before, last = answer
+    if before:
+        return before, last["content"]
+    if prompt is None:
+        raise ValueError("the conversation has an answer and no prompt.")
+    return ([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt), last["content"]
 
 
 def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of rendered text, with exactly one beginning-of-sequence token if the tokenizer adds one."""
-    ids = tokenizer(text)["input_ids"]
-    bos = tokenizer.bos_token_id
+    """Token ids of a rendered prompt, with exactly one beginning-of-sequence token if the tokenizer adds one.
+
+    Raises:
+        ValueError: the text is not Unicode (half a surrogate pair).
+    """
+    ids = _ids(text, tokenizer)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is not None and ids[:2] == [bos, bos]:  # a template that writes BOS, and a tokenizer that adds it again
         ids = ids[1:]
-    if tokenizer.eos_token_id is not None and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
-        ids = ids[:-1]  # some tokenizers append EOS to whatever they encode: a prompt has not ended
-    return ids
+    # Some tokenizers append EOS to whatever they encode: a prompt has not ended, unless its own text says so.
+    appended = [eos, eos] if text.endswith(tokenizer.eos_token) else [eos]
+    return ids[:-1] if len(ids) > 1 and ids[-len(appended) :] == appended else ids
 
 
-def _is_conversation(prompt: Any) -> bool:
+def encode_exchange(
+    prompt_text: str, response_text: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
+    """Token ids of a rendered prompt, and of the response to it with one end-of-sequence token at its end.
+
+    The prompt's ids are those that it has alone, since alone is how it is given to a model that answers. The
+    response's are those that it has after the prompt, unless the two grow together where they meet: it is then
+    encoded by itself.
+    """
+    prompt, whole = encode(prompt_text, tokenizer), encode(prompt_text + response_text, tokenizer)
+    if whole[: len(prompt)] == prompt:
+        response = whole[len(prompt) :]
+    else:
+        response = _ids(response_text, tokenizer, add_special_tokens=False)
+    eos = tokenizer.eos_token_id
+    if eos in response:  # the template's own; what it writes after it ("\n", say) no model is asked to write
+        last = len(response) - 1 - response[::-1].index(eos)
+        if not tokenizer.decode(response[last + 1 :]).strip():
+            return prompt, response[: last + 1]
+    return prompt, [*response, eos]
+
+
+def is_conversation(value: Any) -> bool:
+    """Whether this is a list of {"role", "content"} messages, at least one."""
     return (
-        isinstance(prompt, list)
-        and bool(prompt)
+        isinstance(value, list)
+        and bool(value)
         and all(
             isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-            for turn in prompt
+            for turn in value
         )
     )
+
+
+def _templated(messages: Messages, tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except TemplateError as error:  # a template's own refusal: roles that do not alternate, say
+        raise ValueError(f"the chat template refuses this conversation: {error}") from error
+
+
+def _ids(text: str, tokenizer: PreTrainedTokenizerBase, **options: bool) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text is not Unicode: {error}") from error
+    return tokenizer(text, **options)["input_ids"]

@@ -4,17 +4,17 @@ The order of prompts depends on the seed alone, never on the number of ranks: it
 rank and on sixty-four, and rank r takes the r-th contiguous part of them.
 """
 
-import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from engine.data.formatting import encode, render
-from engine.data.sources import PROMPT_COLUMNS, Source, load_source
+from engine.data.batches import GlobalBatches
+from engine.data.cache import digest_of, digest_of_tokenizer, kept_tensors
+from engine.data.formatting import Prompt, as_prompt, encode, render
+from engine.data.sources import PROMPT_COLUMNS, Source, at, load_source, mixed_rows, mixture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +22,14 @@ class PromptBatch:
     """This rank's prompts of one iteration, in dataset terms.
 
     Attributes:
+        prompts: as the dataset has them, text or messages.
         tokens: one list of token ids per prompt.
         texts: the same prompts as the model sees them.
         ids: each prompt's row number in the dataset; with the seed and the iteration it keys the sampling noise.
         columns: the dataset's columns, a list per column, for score functions.
     """
 
+    prompts: list[Prompt]
     tokens: list[list[int]]
     texts: list[str]
     ids: list[int]
@@ -39,26 +41,43 @@ class PromptBatch:
     def repeated(self, times: int) -> "PromptBatch":
         """Every prompt `times` times in a row."""
         rows = [row for row in range(len(self)) for _ in range(times)]
-        return PromptBatch(
-            tokens=[self.tokens[row] for row in rows],
-            texts=[self.texts[row] for row in rows],
-            ids=[self.ids[row] for row in rows],
-            columns={name: [values[row] for row in rows] for name, values in self.columns.items()},
-        )
+        lists = {f.name: [getattr(self, f.name)[row] for row in rows] for f in fields(self) if f.name != "columns"}
+        columns = {name: [values[row] for row in rows] for name, values in self.columns.items()}
+        return PromptBatch(**lists, columns=columns)
 
 
 class PromptDataset(Dataset):
     """Tokenised prompts with the columns they came with. An item is its own row number: batches are made by `batch`."""
 
-    def __init__(self, source: Source, column: str, tokenizer: PreTrainedTokenizerBase):
-        self.source, self.tokenizer = source, tokenizer
+    def __init__(
+        self,
+        parts: list[tuple[Source, str]],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        prompt_format: Literal["text", "chat"] = "text",
+    ):
+        """
+        Args:
+            parts: each source with the name of its prompt column.
+            prompt_format: see `engine.data.formatting.as_prompt`.
+
+        Raises:
+            ValueError: names the place of a prompt that cannot be rendered or has no tokens.
+        """
+        self.tokenizer = tokenizer
+        self.name = ", ".join(source.name for source, _ in parts)
+        self.sizes = [len(source.rows) for source, _ in parts]
+        self.rows = [row for source, _ in parts for row in source.rows]
+        self.places = [f"{place}, column {column!r}" for source, column in parts for place in source.places]
+        self.columns = list(dict.fromkeys(name for source, _ in parts for row in source.rows for name in row))
+        cells = [row.get(column) for source, column in parts for row in source.rows]
+        self.prompts = [
+            at(place, as_prompt, cell, prompt_format) for cell, place in zip(cells, self.places, strict=True)
+        ]
         self.texts = [
-            _at(place, column, render, row.get(column), tokenizer)
-            for row, place in zip(source.rows, source.places, strict=True)
+            at(place, render, prompt, tokenizer) for prompt, place in zip(self.prompts, self.places, strict=True)
         ]
-        self.tokens = [
-            _at(place, column, encode, text, tokenizer) for text, place in zip(self.texts, source.places, strict=True)
-        ]
+        self.tokens = self._tokens()
         self.kept = list(range(len(self.tokens)))
 
     def __len__(self) -> int:
@@ -68,18 +87,24 @@ class PromptDataset(Dataset):
         return self.kept[index]
 
     def batch(self, rows: list[int]) -> PromptBatch:
-        columns = dict.fromkeys(name for row in self.source.rows for name in row)  # rows may differ in theirs
         return PromptBatch(
+            prompts=[self.prompts[row] for row in rows],
             tokens=[self.tokens[row] for row in rows],
             texts=[self.texts[row] for row in rows],
             ids=list(rows),
-            columns={name: [self.source.rows[row].get(name) for row in rows] for name in columns},
+            columns={name: [self.rows[row].get(name) for row in rows] for name in self.columns},
         )
 
     @property
     def digest(self) -> str:
-        """Of the prompts in use, for ranks to compare."""
-        return hashlib.sha256(repr([self.tokens[row] for row in self.kept]).encode()).hexdigest()
+        """Of the prompts in use: what ranks compare."""
+        return digest_of([self.tokens[row] for row in self.kept])
+
+    def kept_of_each_source(self) -> list[int]:
+        """How many rows of each source are in use."""
+        bounds = torch.tensor(self.sizes).cumsum(0)
+        sources = torch.bucketize(torch.tensor(self.kept), bounds, right=True)
+        return torch.bincount(sources, minlength=len(self.sizes)).tolist()
 
     def limit_length(self, max_prompt_tokens: int, over_length: str) -> str | None:
         """Apply the over-length policy. Returns what to tell the user, or None when no prompt was too long.
@@ -87,12 +112,12 @@ class PromptDataset(Dataset):
         Raises:
             ValueError: the policy is `error`, or `drop` leaves nothing.
         """
-        too_long = [row for row, tokens in enumerate(self.tokens) if len(tokens) > max_prompt_tokens]
+        too_long = [row for row in self.kept if len(self.tokens[row]) > max_prompt_tokens]
         if not too_long:
             return None
-        said = f"{len(too_long)} of {len(self.tokens)} prompts of {self.source.name} exceed {max_prompt_tokens} tokens"
+        said = f"{len(too_long)} of {len(self.kept)} prompts of {self.name} exceed {max_prompt_tokens} tokens"
         if over_length == "error":
-            raise ValueError(f"{said}, first at {self.source.places[too_long[0]]}. Raise --data.max_prompt_tokens.")
+            raise ValueError(f"{said}, first at {self.places[too_long[0]]}. Raise --data.max_prompt_tokens.")
         if over_length == "drop":
             self.kept = sorted(set(self.kept) - set(too_long))
             if not self.kept:
@@ -104,49 +129,42 @@ class PromptDataset(Dataset):
             self.texts[row] = self.tokenizer.decode(self.tokens[row])
         return f"{said}: shortened ({over_length})."
 
+    def _tokens(self) -> list[list[int]]:
+        def made() -> dict[str, torch.Tensor]:
+            ids = [at(place, encode, text, self.tokenizer) for place, text in zip(self.places, self.texts, strict=True)]
+            flat = [token for row in ids for token in row]
+            return {"tokens": torch.tensor(flat, dtype=torch.int64), "lengths": torch.tensor([len(row) for row in ids])}
 
-def _at(place: str, column: str, function, *args):
-    try:
-        result = function(*args)
-    except ValueError as error:
-        raise ValueError(f"{place}, column {column!r}: {error}") from error
-    if not result:
-        raise ValueError(f"{place}, column {column!r}: the prompt is empty.")
-    return result
-
-
-class GlobalBatches(Sampler[list[int]]):
-    """Batches of row numbers, the same on every rank but for the part each rank takes; a fresh order every epoch.
-
-    Iterating goes through one epoch; the next one continues with the next epoch's order. The last batch of an epoch
-    holds what is left over. Where a batch does not divide, the first ranks get one prompt more.
-    """
-
-    def __init__(self, num_rows: int, batch_size: int, *, seed: int, rank: int, world_size: int):
-        self.num_rows, self.batch_size, self.seed = num_rows, batch_size, seed
-        self.rank, self.world_size, self.epoch = rank, world_size, 0
-
-    def __len__(self) -> int:
-        return -(-self.num_rows // self.batch_size)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
-        self.epoch += 1
-        for batch in torch.randperm(self.num_rows, generator=generator).split(self.batch_size):
-            yield batch.tensor_split(self.world_size)[self.rank].tolist()
+        kept = kept_tensors(["prompts", self.texts, digest_of_tokenizer(self.tokenizer)], made)
+        rows = [row.tolist() for row in kept["tokens"].split(kept["lengths"].tolist())]
+        for row, place in zip(rows, self.places, strict=True):
+            if not row:
+                raise ValueError(f"{place}: the prompt has no tokens.")
+        return rows
 
 
 def create_prompt_dataloader(
     args, tokenizer: PreTrainedTokenizerBase, *, rank: int, world_size: int
 ) -> tuple[DataLoader, int]:
-    """(dataloader, num_total_iters) of a PPO run; see `create_datasets`."""
+    """(dataloader, num_total_iters) of a PPO run; see `create_datasets`.
+
+    Raises:
+        ValueError: names file and line of a row that is not a prompt.
+    """
     data = args.data
-    source = load_source(data.train, subset=data.train_subset, split=data.train_split, max_samples=data.max_samples)
-    column = source.column(data.prompt_column, PROMPT_COLUMNS, "--data.prompt_column")
-    dataset = PromptDataset(source, column, tokenizer)
-    message = dataset.limit_length(data.max_prompt_tokens, data.over_length)
-    if message is not None and rank == 0:
-        print(message, flush=True)
+    options = dict(subset=data.train_subset, split=data.train_split, max_samples=data.max_samples)
+    sources = [load_source(name, **options) for name in data.sources]
+    parts = [(source, source.column(data.prompt_column, PROMPT_COLUMNS, "--data.prompt_column")) for source in sources]
+    dataset = PromptDataset(parts, tokenizer, prompt_format=data.prompt_format)
+    said = [dataset.limit_length(data.max_prompt_tokens, data.over_length)]
+    if data.weights is not None:
+        sizes = dataset.kept_of_each_source()
+        rows = mixed_rows(sizes, data.weights, seed=args.seed)
+        said += mixture(data.sources, sizes, rows)
+        dataset.kept = [dataset.kept[row] for row in rows]
+    for line in said if rank == 0 else []:
+        if line is not None:
+            print(line, flush=True)
     batches = GlobalBatches(len(dataset), args.prompts_per_iteration, seed=args.seed, rank=rank, world_size=world_size)
     dataloader = DataLoader(dataset, batch_sampler=batches, collate_fn=dataset.batch)
     return dataloader, args.num_iterations or args.num_train_epochs * len(dataloader)

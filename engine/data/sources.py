@@ -1,17 +1,20 @@
-"""Files and hub names -> rows that know where they came from, so that a bad one is an error with file and line.
+"""Files, folders and hub names -> rows that know where they came from: a bad one is an error with file and line.
 
-source = load_source("train.jsonl")          # also .json, .csv, .parquet, or a hub name such as openai/gsm8k
+source = load_source("train.jsonl")          # also .json, .csv, .parquet, a folder of these, or a hub name
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import load_dataset
 
 PROMPT_COLUMNS = ("prompt", "question", "query", "instruction", "messages")
-FILE_TYPES = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
+RESPONSE_COLUMNS = ("response", "answer", "completion", "output")
+FILE_TYPES = {".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 Row = dict[str, Any]
 
@@ -30,20 +33,27 @@ class Source:
         Raises:
             ValueError: it is missing; the message lists the columns there are.
         """
-        candidates = (wanted,) if wanted is not None else usual
-        for name in candidates:
-            if name in self.rows[0]:
-                return name
-        raise ValueError(
-            f"{self.name} has no column {' / '.join(candidates)}; its columns are {', '.join(self.rows[0])}. "
-            f"Name one with {flag}."
-        )
+        name = self.column_if_any(wanted, usual, flag)
+        if name is None:
+            raise ValueError(
+                f"{self.name} has no column {' / '.join(usual)}; its columns are {', '.join(self.rows[0])}. "
+                f"Name one with {flag}."
+            )
+        return name
+
+    def column_if_any(self, wanted: str | None, usual: tuple[str, ...], flag: str) -> str | None:
+        """As `column`, but None when no name was wanted and none of the usual ones is there."""
+        if wanted is not None and wanted not in self.rows[0]:
+            raise ValueError(
+                f"{self.name} has no column {wanted}; its columns are {', '.join(self.rows[0])}. Name one with {flag}."
+            )
+        return wanted or next((name for name in usual if name in self.rows[0]), None)
 
 
 def load_source(
     name: str, *, subset: str | None = None, split: str = "train", max_samples: int | None = None
 ) -> Source:
-    """The rows of a file or a hub dataset.
+    """The rows of a file, of all files of a folder in the order of their names, or of a hub dataset.
 
     Args:
         subset, split: of a hub dataset; a file has neither.
@@ -52,26 +62,92 @@ def load_source(
         ValueError: no such file or dataset, a malformed line, or no rows at all.
     """
     path = Path(name).expanduser()
-    if path.suffix == ".jsonl":
-        rows, places = _jsonl(path)
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file() and file.suffix in FILE_TYPES)
+        if not files:
+            raise ValueError(f"{name} is a folder without a {', '.join(FILE_TYPES)} file.")
+    elif path.suffix in FILE_TYPES:
+        if not path.is_file():
+            raise ValueError(f"{path}: there is no such file.")
+        files = [path]
+    elif path.is_file():
+        raise ValueError(f"{path} is none of the file types that are read: {', '.join(FILE_TYPES)}.")
     else:
-        if path.suffix in FILE_TYPES:
-            if not path.is_file():
-                raise ValueError(f"{path}: there is no such file.")
-            rows = _library(FILE_TYPES[path.suffix], name, data_files=str(path), split="train")
-        else:
-            if path.is_file():
-                raise ValueError(f"{path} is none of the file types that are read: .jsonl, {', '.join(FILE_TYPES)}.")
-            rows = _library(name, name, name=subset, split=split)
-        places = [f"{name}, row {number}" for number in range(1, len(rows) + 1)]
+        files = []
+    rows, places = [], []
+    for file in files:
+        more = _jsonl(file) if file.suffix == ".jsonl" else _numbered(str(file), _file(file))
+        if not more[0]:
+            raise ValueError(f"{file} holds no rows.")
+        rows, places = rows + more[0], places + more[1]
+    if not files:
+        rows, places = _numbered(name, _library(name, name, name=subset, split=split))
     if not rows:
         raise ValueError(f"{name} holds no rows.")
     return Source(name, rows[:max_samples], places[:max_samples])
 
 
+def mixed_rows(sizes: list[int], weights: list[float] | None, *, seed: int) -> list[int]:
+    """Which rows of several sources, laid end to end, are used.
+
+    Args:
+        sizes: rows of each source.
+        weights: shares of the sources; None for every row of every source.
+
+    Returns:
+        Row numbers, ascending. With weights as many as there can be without taking a row twice, drawn from `seed`.
+
+    Raises:
+        ValueError: a weight so small that no row of its source is left.
+    """
+    starts = [sum(sizes[:number]) for number in range(len(sizes))]
+    if weights is None:
+        return list(range(sum(sizes)))
+    total = min(size * sum(weights) / weight for size, weight in zip(sizes, weights, strict=True))
+    counts = [int(total * weight / sum(weights) + 1e-9) for weight in weights]
+    if 0 in counts:
+        raise ValueError(f"data.weights={weights} leaves no row of source {counts.index(0) + 1}, of {sizes} rows each.")
+    generator = torch.Generator().manual_seed(seed)
+    picked = [
+        start + row
+        for start, size, count in zip(starts, sizes, counts, strict=True)
+        for row in torch.randperm(size, generator=generator)[:count].tolist()
+    ]
+    return sorted(picked)
+
+
+def split_rows(num_rows: int, fraction: float, *, seed: int) -> tuple[list[int], list[int]]:
+    """Numbers to train on and numbers held out, drawn from `seed`.
+
+    Raises:
+        ValueError: one of the two would be empty.
+    """
+    held_out = round(num_rows * fraction)
+    if not 0 < held_out < num_rows:
+        raise ValueError(f"data.eval_fraction={fraction} of {num_rows} prompts leaves nothing on one side.")
+    order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed)).tolist()
+    return sorted(order[held_out:]), sorted(order[:held_out])
+
+
+def mixture(names: list[str], sizes: list[int], rows: list[int]) -> list[str]:
+    """How many rows of each source are among `rows`, a line each, for the user to read."""
+    lines, start = [], 0
+    for name, size in zip(names, sizes, strict=True):
+        used = sum(start <= row < start + size for row in rows)
+        lines.append(f"{used} of {size} rows of {name} are used (data.weights).")
+        start += size
+    return lines
+
+
+def at(place: str, function: Callable, *args) -> Any:
+    """`function(*args)`, its ValueError with the place in front."""
+    try:
+        return function(*args)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+
+
 def _jsonl(path: Path) -> tuple[list[Row], list[str]]:
-    if not path.is_file():
-        raise ValueError(f"{path}: there is no such file.")
     rows, places = [], []
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
@@ -88,8 +164,24 @@ def _jsonl(path: Path) -> tuple[list[Row], list[str]]:
     return rows, places
 
 
+def _numbered(name: str, rows: list[Row]) -> tuple[list[Row], list[str]]:
+    return rows, [f"{name}, row {number}" for number in range(1, len(rows) + 1)]
+
+
+def _file(path: Path) -> list[Row]:
+    with open(path, "rb") as file:
+        start = file.read(4096).strip()
+    if not start:
+        return []
+    if path.suffix == ".json" and start[:1] not in (b"[", b"{"):  # on `null`, datasets 5.2 ends the process
+        raise ValueError(f"{path}: a JSON file of rows begins with [ or {{.")
+    return _library(FILE_TYPES[path.suffix], str(path), data_files=str(path), split="train")
+
+
 def _library(loader: str, shown: str, **options: Any) -> list[Row]:
     try:
         return load_dataset(loader, **options).to_list()
     except Exception as error:  # datasets raises many kinds; each means that the user's source did not load
+        if "corresponds to no data" in str(error):  # an empty list, a header and nothing else
+            return []
         raise ValueError(f"{shown} did not load: {type(error).__name__}: {error}") from error

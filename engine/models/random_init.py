@@ -1,8 +1,8 @@
 """Fresh models made on the spot: `random://llama?hidden_size=64&num_hidden_layers=2` in place of a folder or hub name.
 
 The model type and the fields after `?` are those of the transformers config; `seed` is this file's own. The tokenizer
-is a byte-level one (256 bytes, a pad and an end-of-sequence token), so no file is ever downloaded. `head=score` makes a
-reward model (a sequence classifier with one label) in place of a language model.
+is a byte-level one (256 bytes, a pad and an end-of-sequence token, a chat template), so no file is ever downloaded.
+`head=score` makes a reward model (a sequence classifier with one label) in place of a language model.
 
 The same name gives the same weights on every rank and at every ZeRO stage: the model is written once to a cache folder
 and loaded from there like any other.
@@ -20,9 +20,20 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 SCHEME = "random://"
+# "user: hi<eos>\nassistant: ": short, and every turn ends as a response does.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -32,7 +43,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    special = dict(pad_token="<pad>", eos_token="<eos>", chat_template=CHAT_TEMPLATE)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def local_name(model_name_or_path: str) -> str:
@@ -45,7 +57,7 @@ def local_name(model_name_or_path: str) -> str:
         return model_name_or_path
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rlhf_engine" / "random_models"
     cache.mkdir(parents=True, exist_ok=True)
-    key = f"{model_name_or_path} torch{torch.__version__}"
+    key = f"{model_name_or_path} torch{torch.__version__} v2 {CHAT_TEMPLATE}"
     folder = cache / hashlib.sha256(key.encode()).hexdigest()[:16]
     with open(folder.with_suffix(".flock"), "w") as queue:  # the ranks of a node start together: one of them writes
         fcntl.flock(queue, fcntl.LOCK_EX)
@@ -73,6 +85,10 @@ def _write(name: str, folder: Path) -> None:
         raise ValueError(f"{name}: {error}") from error
     if unknown := sorted(fields.keys() - type(config)().to_dict().keys() - config.attribute_map.keys()):
         raise ValueError(f"{name}: {type(config).__name__} has no field {', '.join(unknown)}.")
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if "vocab_size" not in fields:  # transformers has a tokenizer class of its own for some types, with more tokens
+        config.vocab_size = max(AutoTokenizer.from_pretrained(folder).get_vocab().values()) + 1
     rng_state = torch.get_rng_state()
     torch.manual_seed(seed)
     if head == "score":
@@ -87,4 +103,3 @@ def _write(name: str, folder: Path) -> None:
     tied = set(model.all_tied_weights_keys)
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    tokenizer.save_pretrained(folder)

@@ -15,10 +15,10 @@ from engine.data.sources import Source
 from engine.models.random_init import byte_tokenizer
 
 
-def dataset(*texts) -> PromptDataset:
+def dataset(*texts, tokenizer=None) -> PromptDataset:
     rows = [{"prompt": text, "number": number} for number, text in enumerate(texts)]
     source = Source("mine.jsonl", rows, [f"mine.jsonl, line {number}" for number in range(1, len(rows) + 1)])
-    return PromptDataset(source, "prompt", byte_tokenizer())
+    return PromptDataset([(source, "prompt")], tokenizer or byte_tokenizer())
 
 
 def args(tmp_path, texts, *, per_iteration=4, iterations=None, epochs=1, seed=0, **data):
@@ -53,7 +53,7 @@ def test_a_prompt_that_is_no_text_is_named_with_its_place_and_column(bad):
 def test_a_row_without_the_column_is_named_with_its_place():
     source = Source("mine.jsonl", [{"prompt": "a"}, {"promt": "b"}], ["mine.jsonl, line 1", "mine.jsonl, line 9"])
     with pytest.raises(ValueError, match=r"mine\.jsonl, line 9, column 'prompt'"):
-        PromptDataset(source, "prompt", byte_tokenizer())
+        PromptDataset([(source, "prompt")], byte_tokenizer())
 
 
 def test_an_empty_prompt_is_named_with_its_place():
@@ -62,8 +62,10 @@ def test_an_empty_prompt_is_named_with_its_place():
 
 
 def test_messages_without_a_template_are_named_with_their_place():
+    without_template = byte_tokenizer()
+    without_template.chat_template = None
     with pytest.raises(ValueError, match=r"line 1, column 'prompt': .*chat template"):
-        dataset([{"role": "user", "content": "hi"}])
+        dataset([{"role": "user", "content": "hi"}], tokenizer=without_template)
 
 
 # Too long
@@ -125,7 +127,7 @@ def test_a_batch_carries_its_columns_and_row_numbers():
 def test_every_column_of_any_row_is_there():
     rows = [{"prompt": "a"}, {"prompt": "b", "answer": "7"}]
     source = Source("mine.jsonl", rows, ["mine.jsonl, line 1", "mine.jsonl, line 2"])
-    assert PromptDataset(source, "prompt", byte_tokenizer()).batch([0, 1]).columns["answer"] == [None, "7"]
+    assert PromptDataset([(source, "prompt")], byte_tokenizer()).batch([0, 1]).columns["answer"] == [None, "7"]
 
 
 def test_a_prompt_that_ends_with_eos_has_not_ended_as_text_or_as_tokens():
@@ -220,6 +222,113 @@ def test_the_number_of_iterations(tmp_path):
     assert create_prompt_dataloader(given, byte_tokenizer(), rank=0, world_size=1)[1] == 5
 
 
+# Several sources
+
+
+def several(tmp_path, *sources, per_iteration=100, seed=0, **data):
+    """Each source a list of rows, in files of their own."""
+    files = [tmp_path / f"source{number}.jsonl" for number in range(len(sources))]
+    for file, rows in zip(files, sources, strict=True):
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return SimpleNamespace(
+        data=DataConfig(train=[str(file) for file in files], **data),
+        prompts_per_iteration=per_iteration,
+        num_iterations=None,
+        num_train_epochs=1,
+        seed=seed,
+    )
+
+
+def only_batch(given) -> PromptBatch:
+    """All prompts in use, in the order of the files."""
+    dataset = create_prompt_dataloader(given, byte_tokenizer(), rank=0, world_size=1)[0].dataset
+    return dataset.batch([dataset[index] for index in range(len(dataset))])
+
+
+def test_each_source_has_its_own_prompt_column(tmp_path):
+    given = several(
+        tmp_path,
+        [{"prompt": "a", "answer": 1}, {"prompt": "b", "answer": 2}],
+        [{"question": "c", "level": "hard"}],
+        [{"messages": [{"role": "user", "content": "d"}], "prompts": "not this"}],
+    )
+    batch = only_batch(given)
+    assert batch.texts == texts_of(batch.tokens) == ["a", "b", "c", "user: d<eos>\nassistant: "]
+    assert batch.ids == [0, 1, 2, 3]
+    assert batch.columns["answer"] == [1, 2, None, None]
+    assert batch.columns["question"] == [None, None, "c", None]
+    assert batch.columns["level"] == [None, None, "hard", None]
+
+
+def test_a_bad_prompt_is_named_with_its_own_source_and_column(tmp_path):
+    given = several(tmp_path, [{"prompt": "a"}], [{"question": "b"}, {"question": 7}])
+    with pytest.raises(ValueError, match=r"source1\.jsonl, line 2, column 'question'"):
+        only_batch(given)
+    given = several(tmp_path, [{"prompt": "a"}], [{"story": "b"}])
+    with pytest.raises(ValueError, match=r"source1\.jsonl has no column prompt / .* its columns are story"):
+        only_batch(given)
+    with pytest.raises(ValueError, match=r"source1\.jsonl has no column prompt; its columns are story"):
+        only_batch(several(tmp_path, [{"prompt": "a"}], [{"story": "b"}], prompt_column="prompt"))
+
+
+def test_weights_choose_among_the_prompts(tmp_path, capsys):
+    given = several(
+        tmp_path, [{"prompt": f"a{n}"} for n in range(9)], [{"prompt": f"b{n}"} for n in range(3)], weights=[2, 3]
+    )
+    batch = only_batch(given)
+    assert [text[0] for text in batch.texts] == ["a"] * 2 + ["b"] * 3
+    assert batch.ids == sorted(set(batch.ids)) and batch.ids[2:] == [9, 10, 11]
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("2 of 9 rows of") and said[1].startswith("3 of 3 rows of")
+    loader, total = create_prompt_dataloader(given, byte_tokenizer(), rank=1, world_size=2)
+    assert total == 1 and capsys.readouterr().out == ""
+    assert set(joined(part.ids for part in loader)) <= set(batch.ids)
+
+
+def test_weights_are_shares_of_the_prompts_in_use(tmp_path):
+    given = several(
+        tmp_path,
+        [{"prompt": "aa" + "x" * 9 * (n < 2)} for n in range(4)],
+        [{"prompt": "bb"} for _ in range(4)],
+        weights=[1, 1],
+        max_prompt_tokens=5,
+    )
+    assert only_batch(given).texts == ["aa"] * 2 + ["bb"] * 2
+
+
+def test_without_weights_samples_are_counted_per_source(tmp_path):
+    given = several(tmp_path, [{"prompt": "a"}] * 3, [{"prompt": "b"}] * 3, max_samples=2)
+    assert only_batch(given).texts == ["a", "a", "b", "b"]
+
+
+# The chat format, and what ranks compare
+
+
+def test_a_string_is_what_the_user_says_under_chat(tmp_path):
+    rows = [{"prompt": "a"}, {"prompt": [{"role": "system", "content": "b"}]}]
+    text, conversation = "user: a<eos>\nassistant: ", "system: b<eos>\nassistant: "
+    batch = only_batch(several(tmp_path, rows, prompt_format="chat"))
+    assert batch.texts == texts_of(batch.tokens) == [text, conversation]
+    assert batch.prompts == [[{"role": "user", "content": "a"}], rows[1]["prompt"]]
+    assert batch.columns["prompt"] == ["a", rows[1]["prompt"]]  # score functions see what the file has
+    batch = only_batch(several(tmp_path, rows, prompt_format="text"))
+    assert batch.texts == texts_of(batch.tokens) == ["a", conversation]
+
+
+def test_the_digest_is_of_the_prompts_in_use():
+    def after(*texts, limit=9, over_length="drop", rows=range(9)):
+        prompts = dataset(*texts)
+        prompts.limit_length(limit, over_length)
+        prompts.kept = [row for row in prompts.kept if row in rows]
+        return prompts.digest
+
+    assert after("ab", "cd") == after("ab", "cd") == after("ab", "long", "cd", limit=2)
+    assert after("ab", "cd", "ef", rows=[0, 1]) == after("ab", "cd")
+    assert after("abc", "cd", limit=2, over_length="truncate_right") == after("ab", "cd")
+    others = [("ab", "ce"), ("cd", "ab"), ("abcd",), ("a", "bcd"), ("ab",), ("ab", "cd", "cd")]
+    assert len({after(*texts) for texts in [("ab", "cd"), *others]}) == 1 + len(others)
+
+
 # create_datasets
 
 
@@ -242,7 +351,7 @@ def test_create_datasets_takes_its_share_from_the_launchers_variables(tmp_path, 
     assert batch.ids == alone
 
 
-@pytest.mark.parametrize("phase", [1, 2, 4, "3", None])
+@pytest.mark.parametrize("phase", [0, 4, "3", None])
 def test_create_datasets_refuses_another_phase(tmp_path, phase):
     with pytest.raises(ValueError, match="train_phase="):
         create_datasets(args(tmp_path, ["a"]), byte_tokenizer(), phase)

@@ -13,19 +13,25 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class PaddedRows:
-    """Some rows as one model input.
+class MicroBatch:
+    """Some rows as one model input: each in its own row and padded at the right, or packed into one.
 
-    b rows, s tokens in the longest of them, n response tokens in all of them together. An empty micro-batch, which a
-    rank runs to keep step with the others, is one row of one token with n = 0.
+    b rows, s tokens in the longest of them (packed: 1 row, s tokens in all), n response tokens in all of them together.
+    An empty micro-batch, which a rank runs to keep step with the others, is one row of one token with n = 0.
     """
 
-    input_ids: Tensor  # (b, s) int64, each row at the left, padding at the right
+    input_ids: Tensor  # (b, s) int64
+    position_ids: Tensor | None  # (1, s) int64, counted from 0 in each packed row; None where rows are padded
     positions: Tensor  # (n,) int64 in 0..b*s-1: the states before each response token
     targets: Tensor  # (n,) int64: the response tokens
+    target_rows: Tensor  # (n,) int64 in 0..rows-1: which of these rows each response token is of
     last_positions: Tensor  # (rows,) int64 in 0..b*s-1: the last token of each row
     rows: Tensor  # (rows,) int64, on the CPU: which rows these are
     response_tokens: Tensor  # (n,) int64, on the CPU: where their tokens stand among all rows' response tokens
+
+    def sums_by_row(self, per_token: Tensor) -> Tensor:
+        """(n,) numbers of response tokens -> (rows,) their sums, differentiable."""
+        return per_token.new_zeros(len(self.rows)).index_add(0, self.target_rows, per_token)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,34 +82,57 @@ class Sequences:
     def num_response_tokens(self) -> int:
         return int(self.response_lengths.sum())
 
-    def padded(self, rows: Tensor, device: torch.device) -> PaddedRows:
-        """These rows as one model input, on `device`."""
+    def padded(self, rows: Tensor, device: torch.device) -> MicroBatch:
+        """These rows as one model input on `device`, each padded at the right to the longest."""
         if len(rows) == 0:
-            none = torch.empty(0, dtype=torch.int64)
-            on_device = dict(positions=none, targets=none, last_positions=none)
-            return PaddedRows(
-                input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device),
-                **{name: tensor.to(device) for name, tensor in on_device.items()},
-                rows=none,
-                response_tokens=none,
-            )
-        lengths, prompt_lengths = self.lengths[rows], self.prompt_lengths[rows]
+            return self._nothing(device)
+        lengths = self.lengths[rows]
         width = int(lengths.max())
         real = torch.arange(width) < lengths[:, None]
         input_ids = torch.zeros(len(rows), width, dtype=torch.int64)
         input_ids[real] = self.tokens[ragged_index(self.lengths, rows)]
-        in_response = real & (torch.arange(width) >= prompt_lengths[:, None])
-        flat = in_response.flatten().nonzero().squeeze(-1)
+        return self._micro_batch(rows, input_ids, None, torch.arange(len(rows)) * width, device)
+
+    def packed(self, rows: Tensor, device: torch.device) -> MicroBatch:
+        """These rows as one model input on `device`, one after another in a single row without padding."""
+        if len(rows) == 0:
+            return self._nothing(device)
+        lengths = self.lengths[rows]
+        starts = lengths.cumsum(0) - lengths
+        position_ids = torch.arange(int(lengths.sum())) - starts.repeat_interleave(lengths)
+        input_ids = self.tokens[ragged_index(self.lengths, rows)]
+        return self._micro_batch(rows, input_ids[None], position_ids[None], starts, device)
+
+    def _micro_batch(
+        self, rows: Tensor, input_ids: Tensor, position_ids: Tensor | None, starts: Tensor, device: torch.device
+    ) -> MicroBatch:
+        """`starts`: (rows,) where each row begins in the flattened input_ids."""
+        responses = self.response_lengths[rows]
+        target_rows = torch.arange(len(rows)).repeat_interleave(responses)
+        within = torch.arange(int(responses.sum())) - (responses.cumsum(0) - responses)[target_rows]
+        at = (starts + self.prompt_lengths[rows])[target_rows] + within
         on_device = dict(
             input_ids=input_ids,
-            positions=flat - 1,  # the state one token earlier predicts the token
-            targets=input_ids.flatten()[flat],
-            last_positions=torch.arange(len(rows)) * width + lengths - 1,
+            positions=at - 1,  # the state one token earlier predicts the token
+            targets=input_ids.flatten()[at],
+            target_rows=target_rows,
+            last_positions=starts + self.lengths[rows] - 1,
         )
-        return PaddedRows(
+        return MicroBatch(
             **{name: tensor.to(device) for name, tensor in on_device.items()},
+            position_ids=None if position_ids is None else position_ids.to(device),
             rows=rows,
             response_tokens=ragged_index(self.response_lengths, rows),
+        )
+
+    def _nothing(self, device: torch.device) -> MicroBatch:
+        none = torch.empty(0, dtype=torch.int64)
+        return MicroBatch(
+            input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device),
+            position_ids=None,
+            **{name: none.to(device) for name in ("positions", "targets", "target_rows", "last_positions")},
+            rows=none,
+            response_tokens=none,
         )
 
 
@@ -123,15 +152,18 @@ def ragged_index(lengths: Tensor, rows: Tensor) -> Tensor:
     return starts.repeat_interleave(wanted) + offsets
 
 
-def plan_micro_batches(lengths: Tensor, *, token_budget: int, num_ranks: int) -> list[list[Tensor]]:
+def plan_micro_batches(
+    lengths: Tensor, *, token_budget: int, num_ranks: int, packed: bool = False
+) -> list[list[Tensor]]:
     """Which rows each rank runs together, so that ranks are equally busy and little padding is computed.
 
     Rows go, longest first, to the rank with the fewest tokens so far (Graham 1969, longest processing time first);
-    each rank's rows are then cut, still in order of length, where rows x longest row would exceed the budget.
+    each rank's rows are then cut, still in order of length, where their tokens would exceed the budget.
 
     Args:
         lengths: (B,) tokens of each row.
-        token_budget: padded tokens per forward pass. A single row may exceed it.
+        token_budget: tokens per forward pass, padding included. A single row may exceed it.
+        packed: rows lie one after another, without padding to the longest.
 
     Returns:
         For each rank its micro-batches as row numbers: every row exactly once, and as many micro-batches for every
@@ -144,17 +176,22 @@ def plan_micro_batches(lengths: Tensor, *, token_budget: int, num_ranks: int) ->
         tokens, number = heapq.heappop(load)
         rows_of[number].append(row)
         heapq.heappush(load, (tokens + sizes[row], number))
-    plans = [_cut(rows, sizes, token_budget) for rows in rows_of]
+    plans = [_cut(rows, sizes, token_budget, packed) for rows in rows_of]
     passes = max(len(plan) for plan in plans)
     empty: list[int] = []
     return [[torch.tensor(rows, dtype=torch.int64) for rows in plan + [empty] * (passes - len(plan))] for plan in plans]
 
 
-def _cut(rows: list[int], sizes: list[int], token_budget: int) -> list[list[int]]:
+def _cut(rows: list[int], sizes: list[int], token_budget: int, packed: bool) -> list[list[int]]:
     batches: list[list[int]] = []
+    tokens = 0
     for row in rows:
-        if batches and (len(batches[-1]) + 1) * sizes[batches[-1][0]] <= token_budget:
+        # In order of length, so a padded micro-batch is as wide as its first row.
+        more = tokens + (sizes[row] if packed or not batches else sizes[batches[-1][0]])
+        if batches and more <= token_budget:
             batches[-1].append(row)
+            tokens = more
         else:
             batches.append([row])
+            tokens = sizes[row]
     return batches

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.rollout.sequences import Sequences, plan_micro_batches, ragged_index
+from engine.data.sequences import Sequences, plan_micro_batches, ragged_index
 
 # (prompt, response) lengths; responses of 0, 1 and many tokens
 LENGTHS = st.lists(st.tuples(st.integers(1, 6), st.integers(0, 7)), min_size=1, max_size=9)
@@ -142,6 +142,81 @@ def test_rows_whose_responses_are_all_empty():
     assert batch.last_positions.tolist() == [1, 7]
 
 
+# Packed into one row
+
+CPU = torch.device("cpu")
+
+
+def test_packed_rows_by_hand():
+    batch = Sequences.of([[5, 6], [7]], [[8], [9, 10, 11]]).packed(torch.tensor([1, 0]), CPU)
+    assert batch.input_ids.tolist() == [[7, 9, 10, 11, 5, 6, 8]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2]]
+    assert batch.positions.tolist() == [0, 1, 2, 5]
+    assert batch.targets.tolist() == [9, 10, 11, 8]
+    assert batch.target_rows.tolist() == [0, 0, 0, 1]
+    assert batch.last_positions.tolist() == [3, 6]
+    assert batch.rows.tolist() == [1, 0]
+    assert batch.response_tokens.tolist() == [1, 2, 3, 0]
+
+
+@settings(deadline=None, max_examples=80)
+@given(LENGTHS, st.data())
+def test_packed_rows_are_the_padded_ones_without_the_padding(lengths, data):
+    rows = data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=6, unique=True))
+    prompts, responses = token_lists(lengths)
+    one, other = (
+        lay_out(torch.tensor(rows), CPU) for lay_out in (sequences(lengths).packed, sequences(lengths).padded)
+    )
+    for name in ("targets", "target_rows", "rows", "response_tokens"):
+        assert torch.equal(getattr(one, name), getattr(other, name))
+    whole = [prompts[row] + responses[row] for row in rows]
+    assert one.input_ids.tolist() == [list(itertools.chain.from_iterable(whole))]
+    assert one.position_ids.tolist() == [[column for row in whole for column in range(len(row))]]
+    assert other.position_ids is None
+    for positions in ("positions", "last_positions"):  # the same tokens' states, which tell rows and columns apart
+        at_one, at_other = getattr(one, positions), getattr(other, positions)
+        assert one.input_ids.flatten()[at_one].tolist() == other.input_ids.flatten()[at_other].tolist()
+        assert one.position_ids.flatten()[at_one].tolist() == (at_other % other.input_ids.shape[1]).tolist()
+
+
+@settings(deadline=None, max_examples=40)
+@given(LENGTHS, st.data())
+def test_target_rows_count_the_rows_of_the_micro_batch(lengths, data):
+    rows = data.draw(st.lists(st.integers(0, len(lengths) - 1), max_size=6, unique=True))
+    for lay_out in (sequences(lengths).packed, sequences(lengths).padded):
+        batch = lay_out(torch.tensor(rows, dtype=torch.int64), CPU)
+        assert batch.target_rows.tolist() == [line for line, row in enumerate(rows) for _ in range(lengths[row][1])]
+
+
+def test_nothing_packed_is_one_row_of_one_token():
+    batch = sequences([(2, 3)]).packed(torch.empty(0, dtype=torch.int64), CPU)
+    assert batch.input_ids.tolist() == [[0]] and batch.position_ids is None
+    for name in ("positions", "targets", "target_rows", "last_positions", "rows", "response_tokens"):
+        assert getattr(batch, name).shape == (0,) and getattr(batch, name).dtype == torch.int64
+
+
+@settings(deadline=None, max_examples=60)
+@given(LENGTHS, st.data())
+def test_sums_by_row_against_a_loop(lengths, data):
+    rows = data.draw(st.lists(st.integers(0, len(lengths) - 1), max_size=6, unique=True))
+    for lay_out in (sequences(lengths).packed, sequences(lengths).padded):
+        batch = lay_out(torch.tensor(rows, dtype=torch.int64), CPU)
+        numbers = torch.arange(1.0, len(batch.targets) + 1, dtype=torch.float64)
+        expected, left = [], numbers.tolist()
+        for row in rows:
+            expected.append(sum(left[: lengths[row][1]]))
+            left = left[lengths[row][1] :]
+        sums = batch.sums_by_row(numbers)
+        assert sums.tolist() == expected and sums.dtype == torch.float64 and left == []
+
+
+def test_sums_by_row_hand_each_token_the_gradient_of_its_row():
+    batch = sequences([(1, 2), (1, 0), (1, 3)]).packed(torch.tensor([2, 1, 0]), CPU)
+    numbers = torch.zeros(5, requires_grad=True)
+    (batch.sums_by_row(numbers) * torch.tensor([1.0, 10.0, 100.0])).sum().backward()
+    assert numbers.grad.tolist() == [1, 1, 1, 100, 100]
+
+
 # Dealing rows out
 
 
@@ -185,3 +260,26 @@ def test_no_rows_make_no_passes_on_any_rank():
 def test_fewer_rows_than_ranks_give_the_others_empty_passes():
     plan = plan_micro_batches(torch.tensor([4]), token_budget=8, num_ranks=3)
     assert sorted(len(rows) for rank in plan for rows in rank) == [0, 0, 1]
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 120), st.integers(1, 5))
+def test_the_plan_of_packed_rows_counts_their_tokens_alone(lengths, budget, num_ranks):
+    plan = plan_micro_batches(
+        torch.tensor(lengths, dtype=torch.int64), token_budget=budget, num_ranks=num_ranks, packed=True
+    )
+    assert len(plan) == num_ranks and len({len(rank) for rank in plan}) == 1
+    assert sorted(row for rank in plan for rows in rank for row in rows.tolist()) == list(range(len(lengths)))
+    for rank in plan:
+        sizes = [[lengths[row] for row in rows.tolist()] for rows in rank if len(rows)]
+        assert all(len(micro) == 1 or sum(micro) <= budget for micro in sizes)
+        for here, following in itertools.pairwise(sizes):  # the next row never fitted
+            assert sum(here) + following[0] > budget
+
+
+def test_the_plan_of_packed_rows_by_hand():
+    lengths = torch.tensor([5, 2, 1, 1, 1])
+    ((*padded,),) = plan_micro_batches(lengths, token_budget=10, num_ranks=1)
+    ((*packed,),) = plan_micro_batches(lengths, token_budget=10, num_ranks=1, packed=True)
+    assert [rows.tolist() for rows in padded] == [[0, 1], [2, 3, 4]]
+    assert [rows.tolist() for rows in packed] == [[0, 1, 2, 3, 4]]

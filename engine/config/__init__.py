@@ -1,0 +1,43 @@
+"""Every knob of a run: frozen dataclasses, checked when built. What can be derived is a property, not a field.
+
+`parse` reads a YAML recipe and dotted command-line overrides (`--actor.zero_stage 3`); a name that does not exist is
+refused. How memory is sharded is not here but in `ds_configs/`.
+"""
+
+from engine.config.checks import DS_CONFIGS
+from engine.config.command_line import as_dict, parse, run
+from engine.config.data import DataConfig, DemonstrationDataConfig, PreferenceDataConfig
+from engine.config.ppo import PPOConfig, RolloutConfig
+from engine.config.roles import (
+    CriticConfig,
+    FrozenRoleConfig,
+    OptimizerConfig,
+    RewardConfig,
+    TrainedRoleConfig,
+    resolved_dtype,
+)
+from engine.config.supervised import DPOConfig, RewardModelConfig, SFTConfig, SupervisedConfig
+from engine.config.tracking import TrackingConfig
+
+__all__ = [
+    "DS_CONFIGS",
+    "CriticConfig",
+    "DPOConfig",
+    "DataConfig",
+    "DemonstrationDataConfig",
+    "FrozenRoleConfig",
+    "OptimizerConfig",
+    "PPOConfig",
+    "PreferenceDataConfig",
+    "RewardConfig",
+    "RewardModelConfig",
+    "RolloutConfig",
+    "SFTConfig",
+    "SupervisedConfig",
+    "TrackingConfig",
+    "TrainedRoleConfig",
+    "as_dict",
+    "parse",
+    "resolved_dtype",
+    "run",
+]

@@ -1,0 +1,63 @@
+"""A YAML recipe and dotted flags -> a config."""
+
+import difflib
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+Config = TypeVar("Config")
+
+
+def parse(config_class: type[Config], args: Sequence[str] | None = None) -> Config:
+    """A config from the command line: `--config FILE` and dotted overrides, later ones winning.
+
+    Prints and ends the program on `--print_config` or `--help`.
+
+    Raises:
+        ValueError: an unknown name, or a value that does not fit.
+    """
+    from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(
+        description=config_class.__doc__.splitlines()[0],
+        exit_on_error=False,
+        allow_abbrev=False,  # a typo that happens to be a prefix of a name is still a typo
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="a YAML recipe")
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
+    parser.add_class_arguments(config_class)
+    try:
+        values = parser.instantiate(parser.parse_args(args))
+    except ArgumentError as error:
+        raise ValueError(f"{error}{_meant(str(error), parser)}\nSee --help for every name.") from None
+    return config_class(**{name: values[name] for name in config_class.__dataclass_fields__})
+
+
+def run(main: Callable[[], None]) -> None:
+    """A launch script's main: a mistake of the user's ends it with the message that names it and exit code 1.
+
+    A message is all there is to know of a ValueError that the engine itself raises. From anywhere else it is a bug,
+    and keeps its traceback.
+    """
+    try:
+        main()
+    except ValueError as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if frame.f_globals["__name__"].split(".")[0] not in ("engine", "__main__"):
+            raise
+        sys.exit(f"ValueError: {error}")
+
+
+def _meant(message: str, parser) -> str:
+    """The names nearest to a misspelt one, if any."""
+    names = [action.dest for action in parser._actions]  # jsonargparse 4.53 lists them nowhere public
+    unknown = [word.lstrip("-").split("=")[0] for word in message.split() if word.startswith("--")]
+    near = difflib.get_close_matches(unknown[0], names, n=3) if unknown else []
+    return f". Did you mean {' or '.join(f'--{name}' for name in near)}?" if near else ""
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """Plain nested dictionaries: what `config.yaml` holds, and enough to start the run again."""
+    return asdict(config)

@@ -1,0 +1,202 @@
+"""The settings of a PPO run."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from engine.config.checks import at_least, ds_config_of, next_multiple
+from engine.config.data import DataConfig
+from engine.config.roles import CriticConfig, FrozenRoleConfig, RewardConfig, TrainedRoleConfig
+from engine.config.tracking import TrackingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How the actor writes responses.
+
+    Attributes:
+        min_response_tokens: the end-of-sequence token cannot be drawn before so many tokens.
+        temperature: divides the logits, here and in every log-probability that is compared with the rollout's.
+        top_p, top_k: nucleus and top-k filters; 1.0 and 0 switch them off.
+        samples_per_prompt: responses drawn for each prompt.
+        micro_batch_size: responses decoded at the same time on one GPU; all of the rank's when not given.
+        weights: under ZeRO-3, `gathered` holds the whole actor on every rank during the rollout (fast), `sharded`
+            gathers every layer for every token, all ranks in step (slow, fits anywhere).
+    """
+
+    max_response_tokens: int = 128
+    min_response_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    samples_per_prompt: int = 1
+    micro_batch_size: int | None = None
+    weights: Literal["gathered", "sharded"] = "gathered"
+
+    def __post_init__(self):
+        at_least("rollout.max_response_tokens", self.max_response_tokens, 1)
+        at_least("rollout.samples_per_prompt", self.samples_per_prompt, 1)
+        at_least("rollout.top_k", self.top_k, 0)
+        if self.micro_batch_size is not None:
+            at_least("rollout.micro_batch_size", self.micro_batch_size, 1)
+        if not 0 <= self.min_response_tokens <= self.max_response_tokens:
+            raise ValueError(
+                f"rollout.min_response_tokens={self.min_response_tokens} must lie between 0 and "
+                f"rollout.max_response_tokens={self.max_response_tokens}."
+            )
+        if not self.temperature > 0:
+            raise ValueError(f"rollout.temperature={self.temperature} must be above 0: PPO needs sampled responses.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"rollout.top_p={self.top_p} must lie in (0, 1].")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig:
+    """One PPO run (Schulman et al. 2017; Ouyang et al. 2022).
+
+    Attributes:
+        critic: starts from the reward model's weights unless its own model is named; with a score function, from the
+            actor's with a fresh head.
+        ref: the actor's starting point unless its own model is named.
+        zero_stage: of every role that does not name its own; `ds_config` is a DeepSpeed JSON file in its place.
+        dtype: `auto` is bfloat16 on a GPU and float32 on a CPU.
+        rollout_batch_size: responses per iteration, all GPUs.
+        minibatch_size: responses per optimizer step, all GPUs.
+        micro_batch_size: responses of full length per forward pass, one GPU. Shorter responses share a forward pass
+            as long as they stay within the same number of tokens; gradient accumulation is derived.
+        kl_coef: of the per-token KL penalty between actor and ref in the reward.
+        kl_target, kl_horizon: of the adaptive controllers, in nats per response and in responses.
+        value_clip_range: around the values at rollout time.
+        value_label: the critic's regression target.
+        logits_chunk_tokens: so many tokens are projected to the vocabulary at a time.
+        max_skipped_steps: so many steps skipped in a row for numbers that are not finite stop the run.
+        distributed_timeout_s: a rank that waits longer for the others gives up.
+    """
+
+    actor: TrainedRoleConfig
+    reward: RewardConfig
+    data: DataConfig
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    ref: FrozenRoleConfig = field(default_factory=FrozenRoleConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    output_dir: str
+    seed: int = 0
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    ds_config: str | None = None
+    num_train_epochs: int = 1
+    num_iterations: int | None = None
+
+    rollout_batch_size: int = 128
+    minibatch_size: int = 32
+    micro_batch_size: int = 4
+    ppo_epochs: int = 1
+
+    kl_coef: float = 0.05
+    kl_estimator: Literal["full", "k1", "k2", "k3"] = "k1"
+    kl_controller: Literal["fixed", "ziegler", "schulman"] = "fixed"
+    kl_target: float = 6.0
+    kl_horizon: float = 10_000
+    gamma: float = 1.0
+    lam: float = 0.95
+    clip_range: float = 0.2
+    value_clip_range: float = 0.2
+    value_label: Literal["gae", "monte_carlo", "temporal_difference"] = "gae"
+
+    logits_chunk_tokens: int = 1024
+    max_skipped_steps: int = 16
+    distributed_timeout_s: int = 1800
+
+    def __post_init__(self):
+        for name in (
+            "rollout_batch_size",
+            "minibatch_size",
+            "micro_batch_size",
+            "ppo_epochs",
+            "num_train_epochs",
+            "logits_chunk_tokens",
+            "max_skipped_steps",
+            "distributed_timeout_s",
+        ):
+            at_least(name, getattr(self, name), 1)
+        if self.num_iterations is not None:
+            at_least("num_iterations", self.num_iterations, 1)
+        for name in ("kl_coef", "clip_range", "value_clip_range", "kl_target"):
+            at_least(name, getattr(self, name), 0)
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1].")
+        if self.kl_controller != "fixed" and not (self.kl_target > 0 and self.kl_horizon > 0):
+            raise ValueError(
+                f"kl_controller={self.kl_controller} needs kl_target={self.kl_target} and kl_horizon={self.kl_horizon} "
+                f"above 0."
+            )
+        if self.actor.model_name_or_path is None:
+            raise ValueError("actor.model_name_or_path is not set: name the model to train.")
+        samples = self.rollout.samples_per_prompt
+        for name, divisor in (("minibatch_size", self.minibatch_size), ("rollout.samples_per_prompt", samples)):
+            if self.rollout_batch_size % divisor:
+                raise ValueError(
+                    f"rollout_batch_size={self.rollout_batch_size} is not a multiple of {name}={divisor}. "
+                    f"{self._sizes_for(self.micro_batch_size)}"
+                )
+        if self.reward.function is not None and (self.reward.zero_stage, self.reward.ds_config) != (None, None):
+            raise ValueError("reward.function is a Python function: reward.zero_stage and reward.ds_config do nothing.")
+        for role in ("actor", "critic", "ref", "reward"):
+            self.ds_config_of(role)
+
+    def check_world_size(self, world_size: int) -> None:
+        """Refuse sizes that this many ranks cannot share out evenly.
+
+        Raises:
+            ValueError: names a size that works.
+        """
+        unit = self.micro_batch_size * world_size
+        if self.minibatch_size % unit:
+            raise ValueError(
+                f"minibatch_size={self.minibatch_size} is not a multiple of micro_batch_size x world_size = "
+                f"{self.micro_batch_size} x {world_size} = {unit}. {self._sizes_for(unit)}"
+            )
+
+    def _sizes_for(self, unit: int) -> str:
+        """Which sizes would work where a minibatch has to be a multiple of `unit`."""
+        minibatch = next_multiple(self.minibatch_size, unit)
+        rollout = next_multiple(self.rollout_batch_size, math.lcm(minibatch, self.rollout.samples_per_prompt))
+        sizes = {"minibatch_size": minibatch, "rollout_batch_size": rollout}
+        return "Try" + "".join(f" --{name} {size}" for name, size in sizes.items() if size != getattr(self, name)) + "."
+
+    @property
+    def prompts_per_iteration(self) -> int:
+        """Prompts per iteration, all GPUs."""
+        return self.rollout_batch_size // self.rollout.samples_per_prompt
+
+    @property
+    def steps_per_iteration(self) -> int:
+        """Optimizer steps per iteration."""
+        return self.ppo_epochs * (self.rollout_batch_size // self.minibatch_size)
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Tokens of one padded forward pass: `micro_batch_size` sequences of full length."""
+        return self.micro_batch_size * (self.data.max_prompt_tokens + self.rollout.max_response_tokens)
+
+    @property
+    def rollout_micro_batch_size(self) -> int:
+        """Responses decoded at the same time on one GPU."""
+        return self.rollout.micro_batch_size or self.rollout_batch_size
+
+    def model_of(self, role: Literal["actor", "critic", "ref", "reward"]) -> str | None:
+        """The model a role starts from, after the defaults; None for a reward that is a function."""
+        own = getattr(self, role).model_name_or_path
+        if role == "critic":
+            return own or self.reward.model_name_or_path or self.actor.model_name_or_path
+        if role == "ref":
+            return own or self.actor.model_name_or_path
+        return own
+
+    def ds_config_of(self, role: Literal["actor", "critic", "ref", "reward"]) -> Path:
+        """The file in which a role's sharding is described. The role's own setting wins over the run's."""
+        return ds_config_of((getattr(self, role), f"{role}."), (self, ""))

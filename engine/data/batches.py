@@ -1,0 +1,46 @@
+"""The order of a training set's rows: from the seed alone, never from the number of ranks."""
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import torch
+from torch.utils.data import Sampler
+
+Batch = TypeVar("Batch")
+
+
+class GlobalBatches(Sampler[list[int]]):
+    """Batches of row numbers, the same on every rank but for the part each rank takes; a fresh order every epoch.
+
+    Iterating goes through one epoch; the next one continues with the next epoch's order. The last batch of an epoch
+    holds what is left over. Where a batch does not divide, the first ranks get one row more. One rank of one takes
+    the whole batch.
+    """
+
+    def __init__(self, num_rows: int, batch_size: int, *, seed: int, rank: int = 0, world_size: int = 1):
+        self.num_rows, self.batch_size, self.seed = num_rows, batch_size, seed
+        self.rank, self.world_size, self.epoch = rank, world_size, 0
+
+    def __len__(self) -> int:
+        return -(-self.num_rows // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
+        self.epoch += 1
+        for batch in torch.randperm(self.num_rows, generator=generator).split(self.batch_size):
+            yield batch.tensor_split(self.world_size)[self.rank].tolist()
+
+
+def endlessly(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Epoch after epoch.
+
+    Raises:
+        ValueError: there was nothing to go through, or nothing any more.
+    """
+    while True:
+        empty = True
+        for batch in batches:
+            empty = False
+            yield batch
+        if empty:
+            raise ValueError("The batches came to their end. Pass something that can be gone through again and again.")

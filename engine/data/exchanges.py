@@ -1,0 +1,92 @@
+"""Prompt-response pairs in token ids, and what is done with those that are too long."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from engine.data.cache import digest_of_tokenizer, kept_tensors
+from engine.data.formatting import Prompt, encode_exchange, render, render_response
+from engine.data.sequences import Sequences
+from engine.data.sources import at
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthLimit:
+    """How long a row may be, in tokens, and what is done with one that is longer.
+
+    Attributes:
+        max_length: of prompt and response together.
+    """
+
+    max_prompt_tokens: int
+    max_length: int
+    over_length: Literal["drop", "error", "truncate_left", "truncate_right"]
+
+    def too_long(self, sequences: Sequences) -> Tensor:
+        """(B,) bool."""
+        return (sequences.prompt_lengths > self.max_prompt_tokens) | (sequences.lengths > self.max_length)
+
+    def shortened(self, sequences: Sequences, *, rows_per_example: int) -> Sequences:
+        """Every row within the limits: `truncate_left` keeps a prompt's end, `truncate_right` its beginning; what is
+        then still too long loses more of the prompt's beginning, or of the response's end, down to one token. The
+        rows of an example keep the same prompt.
+        """
+        rows = list(rows_of(sequences))
+        prompts, responses = [], []
+        for start in range(0, len(rows), rows_per_example):
+            example = rows[start : start + rows_per_example]
+            longest = min(self.max_length - 1, max(len(response) for _, response in example))
+            left = min(self.max_prompt_tokens, self.max_length - longest)
+            right = min(self.max_prompt_tokens, self.max_length - 1)
+            for prompt, response in example:
+                prompt = prompt[-left:] if self.over_length == "truncate_left" else prompt[:right]
+                prompts.append(prompt)
+                responses.append(response[: self.max_length - len(prompt)])
+        return Sequences.of(prompts, responses)
+
+
+def tokenised(
+    exchanges: Iterable[tuple[Prompt, str]], places: list[str], tokenizer: PreTrainedTokenizerBase
+) -> Sequences:
+    """Rendered and encoded, one sequence per exchange, from the cache where that has been done before.
+
+    Args:
+        places: of each exchange, for errors.
+
+    Raises:
+        ValueError: names the place of an exchange that cannot be rendered.
+    """
+    exchanges = list(exchanges)
+
+    def made() -> dict[str, Tensor]:
+        prompts, responses = [], []
+        for (prompt, response), place in zip(exchanges, places, strict=True):
+            texts = at(place, render, prompt, tokenizer), at(place, render_response, prompt, response, tokenizer)
+            ids = at(place, encode_exchange, *texts, tokenizer)
+            if not ids[0]:
+                raise ValueError(f"{place}: the prompt has no tokens.")
+            prompts.append(ids[0])
+            responses.append(ids[1])
+        sequences = Sequences.of(prompts, responses)
+        return {name: getattr(sequences, name) for name in ("tokens", "prompt_lengths", "response_lengths")}
+
+    return Sequences(**kept_tensors([exchanges, digest_of_tokenizer(tokenizer)], made))
+
+
+def rows_of(sequences: Sequences) -> Iterable[tuple[list[int], list[int]]]:
+    """(prompt, response) of every row, in token ids."""
+    start = 0
+    for prompt, response in zip(sequences.prompt_lengths.tolist(), sequences.response_lengths.tolist(), strict=True):
+        middle, end = start + prompt, start + prompt + response
+        yield sequences.tokens[start:middle].tolist(), sequences.tokens[middle:end].tolist()
+        start = end
+
+
+def concatenated(parts: list[Sequences]) -> Sequences:
+    """The rows of all parts, in order."""
+    names = ("tokens", "prompt_lengths", "response_lengths")
+    return Sequences(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
