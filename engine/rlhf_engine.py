@@ -23,6 +23,7 @@ class DeepSpeedRLHFEngine:
         ref: frozen; the actor's starting point unless the config names another.
         reward: frozen; None when scores come from a function.
         tokenizer: the actor's.
+        reward_tokenizer: the reward model's.
         dtype: of all weights.
     """
 
@@ -71,14 +72,23 @@ class DeepSpeedRLHFEngine:
         self.critic = self._trained(
             "critic", args.critic, partial(load_critic, critic_model_name_or_path, seed=args.seed, **scalar)
         )
-        self.reward = None
+        self.reward, self.reward_tokenizer = None, None
         if args.reward.model_name_or_path is not None:
-            self._check_vocabulary("reward", args.reward.model_name_or_path)
+            self.reward_tokenizer = load_tokenizer(args.reward.model_name_or_path)
             self.reward = self._frozen("reward", partial(load_reward_model, args.reward.model_name_or_path, **scalar))
         self._check_sizes()
         check_language_model(self.actor, role="actor")
         if args.ref.model_name_or_path is not None:
             check_language_model(self.ref, role="ref")
+
+    @property
+    def reward_reads_text(self) -> bool:
+        """Whether the reward model has a tokenizer or a chat template of its own, so that token ids say nothing to it
+        and responses are written out for it."""
+        if self.reward_tokenizer is None:
+            return False
+        same_ids = self.reward_tokenizer.get_vocab() == self.tokenizer.get_vocab()
+        return not same_ids or self.reward_tokenizer.chat_template != self.tokenizer.chat_template
 
     def _trained(self, role: Literal["actor", "critic"], config: TrainedRoleConfig, build) -> Engine:
         return trained_engine(
@@ -106,7 +116,7 @@ class DeepSpeedRLHFEngine:
             raise ValueError(
                 f"The {role}'s vocabulary ({model_name_or_path}, {len(theirs)} entries) is not the actor's "
                 f"({len(ours)} entries): {len(different)} tokens differ, {different[0]!r} among them. "
-                f"Use a {role} trained with the actor's tokenizer."
+                f"Name a {role} trained with the actor's tokenizer: --{role}.model_name_or_path."
             )
 
     def _check_sizes(self) -> None:
@@ -115,7 +125,7 @@ class DeepSpeedRLHFEngine:
         longest = self.args.data.max_prompt_tokens + self.args.rollout.max_response_tokens
         for role in ("actor", "ref", "critic", "reward"):
             engine = getattr(self, role)
-            if engine is None:
+            if engine is None or (role == "reward" and self.reward_reads_text):
                 continue
             model_config = engine.module.model.config.get_text_config()
             if model_config.vocab_size < vocabulary:

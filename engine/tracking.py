@@ -16,6 +16,7 @@ The names every PPO iteration reports:
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -40,21 +41,26 @@ class Tracker:
         run_config: dict[str, Any],
         num_iterations: int,
         is_main: bool,
+        shown: Sequence[str] = ("score/mean", "kl/ref_mean", "response/length_mean"),
     ):
         """
+        Args:
+            shown: the metrics of the progress line, where an iteration has them.
+
         Raises:
             ValueError: `output_dir` cannot be written to.
         """
-        self.is_main = is_main
+        self.is_main, self.shown = is_main, shown
         if not is_main:
             return
+        self.output_dir = output_dir
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
             _set_aside(output_dir / "metrics.jsonl")
             _set_aside(output_dir / "samples.jsonl")
             (output_dir / "config.yaml").write_text(yaml.safe_dump(run_config, sort_keys=False))
             self.metrics_file = open(output_dir / "metrics.jsonl", "w")  # noqa: SIM115 - closed by __exit__
-            self.samples_file = open(output_dir / "samples.jsonl", "w")  # noqa: SIM115 - closed by __exit__
+            self.samples_file = None  # opened by the first sample: not every run has any
         except OSError as error:
             raise ValueError(f"output_dir={output_dir} cannot be written to: {error}") from error
         self.bar = tqdm(total=num_iterations, unit="iteration", disable=not sys.stderr.isatty())
@@ -65,15 +71,17 @@ class Tracker:
         if not self.is_main:
             return
         _write_line(self.metrics_file, {"iteration": iteration, **metrics})
+        if samples and self.samples_file is None:
+            self.samples_file = open(self.output_dir / "samples.jsonl", "w")  # noqa: SIM115 - closed by __exit__
         for sample in samples:
             _write_line(self.samples_file, sample)
-        self.bar.update()
-        summary = {name: metrics[name] for name in ("score/mean", "kl/ref_mean", "response/length_mean")}
-        said = "  ".join(f"{name} {value:.4g}" for name, value in summary.items())
+        self.bar.update(iteration - self.bar.n)
+        said = "  ".join(f"{name} {metrics[name]:.4g}" for name in self.shown if name in metrics)
         self.bar.set_postfix_str(said)
         if self.bar.disable:
-            seconds = sum(value for name, value in metrics.items() if name.startswith("time/"))
-            print(f"iteration {iteration}/{self.bar.total}  {said}  {seconds:.2f} s", flush=True)
+            seconds = [value for name, value in metrics.items() if name.startswith("time/")]
+            took = f"  {sum(seconds):.2f} s" if seconds else ""
+            print(f"iteration {iteration}/{self.bar.total}  {said}{took}", flush=True)
         self._to_wandb(iteration, metrics, samples)
 
     def _to_wandb(self, iteration: int, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
@@ -100,7 +108,8 @@ class Tracker:
             return
         self.bar.close()
         self.metrics_file.close()
-        self.samples_file.close()
+        if self.samples_file is not None:
+            self.samples_file.close()
         if self.wandb is not None:
             try:
                 self.wandb.finish(exit_code=0 if error is None else 1)

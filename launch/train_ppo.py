@@ -21,13 +21,12 @@ from engine.trainers.ppo_trainer import DeepSpeedPPOTrainer
 
 def main() -> None:
     config = parse(PPOConfig)
-    comm.init_distributed(timeout_s=config.distributed_timeout_s)
-    comm.check_same_everywhere({"the configuration": as_dict(config), "the installed versions": comm.versions()})
+    comm.start(config)
 
     output_dir, actor_name = Path(config.output_dir), config.model_of("actor")
     if config.reward.function is not None:
         load_score_function(config.reward.function)  # a wrong name is told before models are built
-    tokenizer = load_tokenizer(actor_name)
+    tokenizer = load_tokenizer(actor_name, chat_template=config.data.chat_template)
     prompts, num_iterations = create_datasets(args=config, tokenizer=tokenizer, train_phase=3)
     comm.check_same_everywhere({"the prompts": prompts.dataset.digest})
     rlhf_engine = DeepSpeedRLHFEngine(

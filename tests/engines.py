@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine.data.sequences import Sequences
 from engine.distributed import comm
 from engine.distributed.gather import gathered
 from engine.distributed.initialize import frozen_engine, trained_engine
 from engine.distributed.optimization import accumulate, step_together
 from engine.models.language_model import load_language_model
 from engine.models.scalar_head import load_critic
-from engine.rollout.sequences import Sequences
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPERATURE = dict(temperature=0.7, chunk_tokens=16)

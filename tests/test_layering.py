@@ -16,6 +16,7 @@ LAYERS = {
     "distributed": 2,
     "rollout": 3,
     "rlhf_engine": 4,
+    "supervised_engine": 4,
     "trainers": 5,
 }
 # Neither is a layer: the config is for layers 2 and up, a tracker is told what to write.

@@ -19,7 +19,7 @@ def refusal(config):
     return str(refused.value)
 
 
-@pytest.mark.parametrize("role", ["critic", "reward", "ref"])
+@pytest.mark.parametrize("role", ["critic", "ref"])
 def test_a_vocabulary_that_is_not_the_actors(run_ranks, ppo_config, tmp_path, role):
     """One more token is enough: its id would be read as another text, or as none."""
     folder = tmp_path / "other"
@@ -30,11 +30,10 @@ def test_a_vocabulary_that_is_not_the_actors(run_ranks, ppo_config, tmp_path, ro
     config = ppo_config(**{f"{role}__model_name_or_path": str(folder)})
     if role == "ref":
         shutil.copy(f"{local_name(tiny.LLAMA)}/config.json", folder)
-    if role == "reward":  # which the critic would start from, and be refused first
-        config = ppo_config(reward__model_name_or_path=str(folder), critic__model_name_or_path=tiny.LLAMA)
     for said in run_ranks(refusal, config):
         assert said.startswith(f"The {role}'s vocabulary ({folder}, ")
-        assert said.endswith(f"1 tokens differ, '<extra>' among them. Use a {role} trained with the actor's tokenizer.")
+        assert "1 tokens differ, '<extra>' among them" in said
+        assert said.endswith(f"trained with the actor's tokenizer: --{role}.model_name_or_path.")
 
 
 @pytest.mark.parametrize("role", ["actor", "ref", "critic", "reward"])

@@ -7,10 +7,16 @@ from typing import Any
 
 from engine.config import (
     DataConfig,
+    DemonstrationDataConfig,
+    DPOConfig,
     FrozenRoleConfig,
     PPOConfig,
+    PreferenceDataConfig,
     RewardConfig,
+    RewardModelConfig,
     RolloutConfig,
+    SFTConfig,
+    SupervisedConfig,
     TrackingConfig,
     TrainedRoleConfig,
 )
@@ -42,6 +48,19 @@ PROMPTS = [
     "why so",
     "count up",
 ]
+# Of mixed lengths and seven, so that neither two ranks nor minibatches of four share them evenly.
+DEMONSTRATIONS = [
+    {"prompt": prompt, "response": response}
+    for prompt, response in zip(
+        PROMPTS, ["b", "one two three", "it is 5", "on", "once upon a time there was a wave", "!", "so"], strict=False
+    )
+]
+PREFERENCES = [
+    {"prompt": row["prompt"], "chosen": row["response"], "rejected": rejected}
+    for row, rejected in zip(
+        DEMONSTRATIONS, ["no, no and no", "four", "6", "off we go now", "", "what", "because it is so"], strict=True
+    )
+]
 
 
 def score_head(name: str, seed: int = 1) -> str:
@@ -61,12 +80,17 @@ def sharding(kind: int | str, folder: Path) -> dict[str, Any]:
     return {"ds_config": strict_z3_file(folder)} if kind == "strict" else {"zero_stage": kind}
 
 
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    """A JSONL file."""
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
 def write_prompts(folder: Path, prompts: list[str] | None = None) -> str:
     """A JSONL file of prompts with a column `number`."""
     path = Path(folder) / "prompts.jsonl"
     rows = [{"prompt": text, "number": number} for number, text in enumerate(PROMPTS if prompts is None else prompts)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    return write_rows(path, rows)
 
 
 def ppo_config(folder: Path, *, model: str = LLAMA, prompts: list[str] | None = None, **overrides: Any) -> PPOConfig:
@@ -111,6 +135,51 @@ def ppo_config(folder: Path, *, model: str = LLAMA, prompts: list[str] | None = 
         tracking=TrackingConfig,
     )
     return PPOConfig(**run, **{group: classes[group](**fields) for group, fields in nested.items()})
+
+
+STAGES = ("sft", "reward", "dpo")
+
+
+def stage_config(
+    folder: Path, stage: str, *, model: str = LLAMA, rows: list[dict[str, Any]] | None = None, **overrides: Any
+) -> SupervisedConfig:
+    """A small valid run of SFT, reward model or DPO on 1 or 2 ranks: 7 examples, 3 steps on minibatches of up to 4.
+
+    Args:
+        rows: of the data set; DEMONSTRATIONS or PREFERENCES when not given.
+        overrides: fields of the config; a field of a nested config as `data__max_length=64`.
+    """
+    rows = rows if rows is not None else DEMONSTRATIONS if stage == "sft" else PREFERENCES
+    data = DemonstrationDataConfig if stage == "sft" else PreferenceDataConfig
+    config_class, role = {
+        "sft": (SFTConfig, "model"),
+        "reward": (RewardModelConfig, "reward"),
+        "dpo": (DPOConfig, "model"),
+    }[stage]
+    classes = {role: FrozenRoleConfig, "data": data, "tracking": TrackingConfig}
+    nested: dict[str, dict[str, Any]] = {
+        role: dict(model_name_or_path=model),
+        "data": dict(train=write_rows(Path(folder) / f"{stage}.jsonl", rows), max_prompt_tokens=32, max_length=64),
+        "tracking": dict(wandb="disabled"),
+    }
+    if stage == "dpo":
+        classes["ref"], nested["ref"] = FrozenRoleConfig, {}
+    run = dict(
+        output_dir=str(Path(folder) / f"{stage}_out"),
+        dtype="float32",
+        learning_rate=1e-3,
+        num_iterations=3,
+        minibatch_size=4,
+        micro_batch_size=2,
+        distributed_timeout_s=40,
+    )
+    for name, value in overrides.items():
+        if "__" in name:
+            group, inner = name.split("__")
+            nested[group][inner] = value
+        else:
+            run[name] = value
+    return config_class(**run, **{group: classes[group](**fields) for group, fields in nested.items()})
 
 
 def changed(config: PPOConfig, **overrides: Any) -> PPOConfig:

@@ -25,6 +25,8 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder.builder import OpBuilder
 from torch import Tensor
 
+from engine.config import as_dict
+
 # DeepSpeed 0.19's own calls, which torch 2.13 wants renamed: nothing a user of this engine could act on.
 warnings.filterwarnings("ignore", message="`torch.distributed.*` is deprecated", category=FutureWarning)
 
@@ -55,6 +57,17 @@ def init_distributed(*, timeout_s: int = 1800) -> None:
         timeout=timedelta(seconds=timeout_s),
         verbose=False,
     )
+
+
+def start(config: Any) -> None:
+    """Join the process group for a run, and refuse ranks that were started with other settings or versions.
+
+    Raises:
+        ValueError: the ranks differ, or cannot share out the run's sizes.
+    """
+    init_distributed(timeout_s=config.distributed_timeout_s)
+    config.check_world_size(world_size())
+    check_same_everywhere({"the configuration": as_dict(config), "the installed versions": versions()})
 
 
 def shutdown() -> None:

@@ -12,18 +12,22 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from engine.models.random_init import local_name
 
 
-def load_tokenizer(model_name_or_path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(model_name_or_path: str, *, chat_template: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, padding with its end-of-sequence token when it has no pad token of its own.
 
     Masks are made from lengths, so which token pads never matters.
 
+    Args:
+        chat_template: a file with a Jinja template that takes the place of the tokenizer's own, also when exported.
+
     Raises:
-        ValueError: there is no such model, or its tokenizer has no end-of-sequence token.
+        ValueError: there is no such model or template, or the tokenizer has no end-of-sequence token.
     """
     folder = _found(model_name_or_path)
     try:
@@ -34,6 +38,10 @@ def load_tokenizer(model_name_or_path: str) -> PreTrainedTokenizerBase:
         raise ValueError(f"The tokenizer of {model_name_or_path} has no end-of-sequence token: nothing could end.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if chat_template is not None:
+        if not Path(chat_template).is_file():
+            raise ValueError(f"data.chat_template={chat_template}: there is no such file.")
+        tokenizer.chat_template = Path(chat_template).read_text()
     return tokenizer
 
 
@@ -73,6 +81,22 @@ def number_of_labels(model_name_or_path: str) -> int | None:
     config = _config(model_name_or_path)
     is_classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
     return config.num_labels if is_classifier else None
+
+
+def fingerprint(model_name_or_path: str) -> list[tuple[str, int, int]]:
+    """(file, bytes, time of the last change) of every file of a model: another one where the weights are others.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    folder = _found(model_name_or_path)
+    if not Path(folder).is_dir():  # a hub name: its files lie under the commit's hash
+        try:
+            folder = str(Path(cached_file(folder, "config.json")).parent)
+        except OSError as error:
+            raise ValueError(f"{model_name_or_path} is neither a model folder nor a known hub name: {error}") from error
+    files = sorted(path for path in Path(folder).iterdir() if path.is_file())
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
 def restore_rope(model: nn.Module) -> None:

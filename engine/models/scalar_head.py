@@ -13,25 +13,50 @@ from engine.models.loading import load_pretrained, number_of_labels
 
 
 class ScalarHeadModel(nn.Module):
-    """Critic and reward model."""
+    """Critic and reward model.
+
+    Attributes:
+        score_mean, score_std: what a reward model's scores came to over the pairs that it was evaluated on. They are
+            kept in its config; `forward` gives plain scores, and whoever wants them normalised uses `normalised`.
+    """
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
+        kept = model.config.to_dict()
+        self.score_mean, self.score_std = kept.get("score_mean", 0.0), kept.get("score_std", 1.0)
 
-    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+    def normalised(self, scores: Tensor) -> Tensor:
+        """Plain scores with the reward model's own mean and standard deviation taken out; the shape of `scores`."""
+        return (scores - self.score_mean) / self.score_std
+
+    def keep_normalisation(self, mean: float, std: float) -> None:
+        """Have these exported with the model; scores that do not vary keep their scale."""
+        std = std if std > 0 else 1.0
+        self.score_mean = self.model.config.score_mean = mean
+        self.score_std = self.model.config.score_std = std
+
+    def forward(self, input_ids: Tensor, positions: Tensor, *, position_ids: Tensor | None = None) -> Tensor:
         """(N,) fp32: the head's number at each asked position.
 
         Args:
             input_ids: (B, S), right-padded.
             positions: (N,) indices into the B * S states.
+            position_ids: (1, S) where rows are packed into one; see `hidden_states`.
         """
-        return self.model.score(hidden_states(self.model, input_ids)[positions]).squeeze(-1).float()
+        return self.model.score(hidden_states(self.model, input_ids, position_ids)[positions]).squeeze(-1).float()
 
 
 def load_critic(model_name_or_path: str, *, dtype: torch.dtype, pad_token_id: int, seed: int) -> ScalarHeadModel:
-    """A critic from a reward model, or from a language model with a fresh head drawn from `seed`."""
-    return _load(model_name_or_path, dtype=dtype, pad_token_id=pad_token_id, seed=seed)
+    """A critic from a reward model, or from a language model with a fresh head drawn from `seed`.
+
+    Its values are in units of the rewards: what a reward model's scores came to is not its own.
+    """
+    scalar = load_scalar_head(model_name_or_path, dtype=dtype, pad_token_id=pad_token_id, seed=seed)
+    for name, neutral in (("score_mean", 0.0), ("score_std", 1.0)):
+        setattr(scalar, name, neutral)
+        vars(scalar.model.config).pop(name, None)
+    return scalar
 
 
 def load_reward_model(model_name_or_path: str, *, dtype: torch.dtype, pad_token_id: int) -> ScalarHeadModel:
@@ -40,7 +65,7 @@ def load_reward_model(model_name_or_path: str, *, dtype: torch.dtype, pad_token_
     Raises:
         ValueError: the folder has no trained score head.
     """
-    scalar = _load(model_name_or_path, dtype=dtype, pad_token_id=pad_token_id, seed=0)
+    scalar = load_scalar_head(model_name_or_path, dtype=dtype, pad_token_id=pad_token_id, seed=0)
     if scalar.model.missing_from_checkpoint:
         raise ValueError(
             f"{model_name_or_path} is not a reward model: its checkpoint lacks "
@@ -49,7 +74,14 @@ def load_reward_model(model_name_or_path: str, *, dtype: torch.dtype, pad_token_
     return scalar
 
 
-def _load(model_name_or_path: str, *, dtype: torch.dtype, pad_token_id: int, seed: int) -> ScalarHeadModel:
+def load_scalar_head(
+    model_name_or_path: str, *, dtype: torch.dtype, pad_token_id: int | None, seed: int
+) -> ScalarHeadModel:
+    """A model to train from a scalar-head model's weights, or from a language model's with a fresh head from `seed`.
+
+    Raises:
+        ValueError: there is no such model, or it cannot have a linear head with one output.
+    """
     labels = number_of_labels(model_name_or_path)
     if labels not in (None, 1):
         raise ValueError(f"{model_name_or_path} is a classifier with {labels} labels; a scalar head has one.")

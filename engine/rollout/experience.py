@@ -10,8 +10,8 @@ from torch import Tensor
 from engine.algorithms.advantages import gae, monte_carlo, temporal_difference
 from engine.algorithms.masking import response_mask, whiten
 from engine.algorithms.rewards import kl_shaped_rewards
+from engine.data.sequences import MicroBatch, Sequences, ragged_index
 from engine.rollout.measuring import Measurements
-from engine.rollout.sequences import PaddedRows, Sequences, ragged_index
 
 PER_TOKEN = ("logprobs", "ref_logprobs", "kl", "entropy", "values", "rewards", "advantages", "returns")
 
@@ -69,7 +69,7 @@ class Experience:
         said = ", ".join(f"{number} of {name}" for name, number in broken.items() if number)
         return said and f"not finite: {said}"
 
-    def of(self, batch: PaddedRows, name: str) -> Tensor:
+    def of(self, batch: MicroBatch, name: str) -> Tensor:
         """(n,) one of the per-token tensors at a micro-batch's response tokens, on the micro-batch's device."""
         return getattr(self, name)[batch.response_tokens].to(batch.positions.device)
 

@@ -4,7 +4,6 @@ Every rank measures the rows that the plan deals it; adding the ranks' zero-fill
 one rank is thereby NaN on all.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +11,11 @@ from torch import Tensor
 
 from engine.algorithms.kl import sampled_kl
 from engine.algorithms.logprobs import chunked_full_kl
+from engine.data.sequences import Sequences
 from engine.distributed import comm
 from engine.distributed.gather import gathered
 from engine.distributed.initialize import Engine
-from engine.rollout.sequences import PaddedRows, Sequences, plan_micro_batches
+from engine.distributed.micro_batches import my_micro_batches, one_number_per_row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +27,6 @@ class Measurements:
     kl: Tensor
     entropy: Tensor
     values: Tensor
-
-
-def my_micro_batches(sequences: Sequences, *, token_budget: int) -> Iterator[PaddedRows]:
-    """This rank's share of the rows, in as many micro-batches as every other rank's."""
-    plan = plan_micro_batches(sequences.lengths, token_budget=token_budget, num_ranks=comm.world_size())
-    for rows in plan[comm.rank()]:
-        yield sequences.padded(rows, comm.device())
 
 
 @torch.no_grad()
@@ -72,13 +65,15 @@ def measure(
     return Measurements(**dict(zip(names, together, strict=True)))
 
 
-@torch.no_grad()
 def reward_model_scores(sequences: Sequences, reward: Engine, *, token_budget: int) -> Tensor:
-    """(B,) fp32 on the CPU: the reward model's number at the last real token of each row. A collective."""
-    scores = torch.zeros(len(sequences), device=comm.device())
-    for batch in my_micro_batches(sequences, token_budget=token_budget):
-        scores[batch.rows] = reward(batch.input_ids, batch.last_positions)
-    return comm.sum_over_ranks(scores).cpu()
+    """(B,) fp32 on the CPU: the reward model's number at the last real token of each row, with the model's own mean and
+    standard deviation taken out if it carries any. A collective.
+    """
+    reward.eval()
+    scores = one_number_per_row(
+        lambda batch: reward(batch.input_ids, batch.last_positions), sequences, token_budget=token_budget
+    )
+    return reward.module.normalised(scores)
 
 
 def sequences_of_all_ranks(mine: Sequences) -> Sequences:

@@ -1,15 +1,19 @@
-"""Where the score of a whole response comes from, when it is not a reward model: a Python function of the user's."""
+"""Where the score of a response comes from: a Python function of the user's, or a reward model that reads text."""
 
 import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from engine.data.formatting import Prompt, encode_exchange, render, render_response
+from engine.data.sequences import Sequences
 
 ScoreFunction = Callable[..., list[float]]
 
@@ -75,3 +79,25 @@ def scores_of_function(
     if len(numbers) != len(responses):
         raise ValueError(f"the score function {name} returned {len(numbers)} scores for {len(responses)} responses.")
     return torch.tensor(numbers, dtype=torch.float32)
+
+
+def sequences_for_another_tokenizer(
+    exchanges: Iterable[tuple[Prompt, str, str, bool]], tokenizer: PreTrainedTokenizerBase
+) -> Sequences:
+    """Responses as a reward model reads them that does not share the actor's tokens or template.
+
+    Args:
+        exchanges: for each response the prompt as the dataset has it, the prompt's text as the actor saw it, the
+            response's text, and whether it ended by itself. A prompt that is text is taken as the actor saw it.
+        tokenizer: the reward model's. One of a response that ended is ended by its own end-of-sequence token.
+    """
+    prompts, responses = [], []
+    for prompt, text, response, ended in exchanges:
+        asked = text if isinstance(prompt, str) else prompt
+        answer = render_response(asked, response, tokenizer)
+        if not ended:  # nor does it end its turn
+            answer = answer[: answer.find(response.strip()) + len(response.strip())]
+        ids = encode_exchange(render(asked, tokenizer), answer, tokenizer)
+        prompts.append(ids[0])
+        responses.append(ids[1] if ended else ids[1][:-1])
+    return Sequences.of(prompts, responses)

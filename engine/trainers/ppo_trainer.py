@@ -21,16 +21,18 @@ from engine.algorithms.kl import schulman_kl_coef, ziegler_kl_coef
 from engine.algorithms.losses import clipped_policy_loss, clipped_value_loss
 from engine.config import PPOConfig
 from engine.data import PromptBatch
+from engine.data.batches import endlessly
+from engine.data.sequences import Sequences
 from engine.distributed import comm
 from engine.distributed.gather import gathered_for_generation, sharded_for_generation
+from engine.distributed.micro_batches import marking_last, my_micro_batches
 from engine.distributed.optimization import accumulate, step_together
 from engine.models.loading import vocabulary_size
 from engine.rlhf_engine import DeepSpeedRLHFEngine
 from engine.rollout.experience import Experience, shaped_experience
 from engine.rollout.generation import Sampling, eos_token_ids_of, generate_responses, noise_of_rows
-from engine.rollout.measuring import measure, my_micro_batches, reward_model_scores, sequences_of_all_ranks
-from engine.rollout.scoring import load_score_function, scores_of_function
-from engine.rollout.sequences import Sequences
+from engine.rollout.measuring import measure, reward_model_scores, sequences_of_all_ranks
+from engine.rollout.scoring import load_score_function, scores_of_function, sequences_for_another_tokenizer
 from engine.tracking import Tracker
 from engine.trainers.ppo_metrics import StepStatistics, experience_metrics, step_metrics
 
@@ -62,6 +64,13 @@ class DeepSpeedPPOTrainer:
         self.config, self.tokenizer = args, rlhf_engine.tokenizer
         self.actor, self.ref = rlhf_engine.actor, rlhf_engine.ref
         self.critic, self.reward = rlhf_engine.critic, rlhf_engine.reward
+        self.reward_tokenizer = rlhf_engine.reward_tokenizer if rlhf_engine.reward_reads_text else None
+        if self.reward_tokenizer is not None and comm.is_main():
+            print(
+                "The reward model's tokenizer or chat template is not the actor's: responses are written out as text "
+                "and encoded anew for it.",
+                flush=True,
+            )
         with comm.same_error_everywhere():
             self.score_function = load_score_function(args.reward.function) if args.reward.function else None
         self.sampling = Sampling(
@@ -81,7 +90,7 @@ class DeepSpeedPPOTrainer:
 
     def train(self, prompts: Iterable[PromptBatch], num_iterations: int, tracker: Tracker) -> None:
         """The whole run; `prompts` is gone through as often as that takes."""
-        batches = _endlessly(prompts)
+        batches = endlessly(prompts)
         while self.progress.iteration < num_iterations:
             experience = self.generate_experience(next(batches))
             self.train_on(experience)
@@ -148,10 +157,32 @@ class DeepSpeedPPOTrainer:
     def scores(self, prompts: PromptBatch, responses: list[list[int]], sequences: Sequences) -> Tensor:
         """(B,) of the responses of all ranks, from the reward model or the score function. A collective."""
         if self.score_function is None:
+            if self.reward_tokenizer is not None:
+                sequences = self._in_the_reward_models_words(prompts, responses)
             return reward_model_scores(sequences, self.reward, token_budget=self.config.micro_batch_tokens)
         with comm.same_error_everywhere():
             mine = scores_of_function(self.score_function, prompts.texts, self._texts(responses), prompts.columns)
         return comm.concatenated(mine.to(comm.device())).cpu()
+
+    def _in_the_reward_models_words(self, prompts: PromptBatch, responses: list[list[int]]) -> Sequences:
+        """The responses of all ranks in the reward model's template and tokens. A collective.
+
+        Raises:
+            ValueError: on every rank, when a sequence is longer than the reward model has positions for.
+        """
+        with comm.same_error_everywhere():
+            ended = [bool(response) and response[-1] in self.eos_token_ids for response in responses]
+            given = zip(prompts.prompts, prompts.texts, self._texts(responses), ended, strict=True)
+            mine = sequences_for_another_tokenizer(given, self.reward_tokenizer)
+            config = self.reward.module.model.config.get_text_config()
+            longest = max(mine.lengths.tolist(), default=0)
+            if longest > getattr(config, "max_position_embeddings", longest):  # ALiBi models have no limit
+                raise ValueError(
+                    f"In the reward model's tokens a response has {longest} tokens with its prompt, and the model was "
+                    f"made for {config.max_position_embeddings}. Lower data.max_prompt_tokens or "
+                    f"rollout.max_response_tokens."
+                )
+        return sequences_of_all_ranks(mine)
 
     def train_on(self, experience: Experience) -> None:
         """All epochs over one iteration's responses, in minibatches drawn from all ranks' responses together."""
@@ -217,7 +248,7 @@ class DeepSpeedPPOTrainer:
 
     def _backward_actor(self, experience: Experience, step: StepStatistics) -> None:
         self.actor.train()
-        for batch, last in _marking_last(my_micro_batches(experience.sequences, token_budget=self._token_budget)):
+        for batch, last in marking_last(my_micro_batches(experience.sequences, token_budget=self._token_budget)):
             new = self.actor(
                 batch.input_ids,
                 batch.positions,
@@ -233,7 +264,7 @@ class DeepSpeedPPOTrainer:
 
     def _backward_critic(self, experience: Experience, step: StepStatistics) -> None:
         self.critic.train()
-        for batch, last in _marking_last(my_micro_batches(experience.sequences, token_budget=self._token_budget)):
+        for batch, last in marking_last(my_micro_batches(experience.sequences, token_budget=self._token_budget)):
             new_values = self.critic(batch.input_ids, batch.positions)
             values, returns = experience.of(batch, "values"), experience.of(batch, "returns")
             given = (new_values, values, returns, torch.ones_like(values, dtype=torch.bool))
@@ -297,19 +328,3 @@ class DeepSpeedPPOTrainer:
         except torch.OutOfMemoryError as error:
             raise torch.OutOfMemoryError(f"Out of memory in phase {phase}: lower {SMALLER[phase]}. {error}") from error
         self.seconds[phase] = perf_counter() - started
-
-
-def _endlessly(batches: Iterable[PromptBatch]) -> Iterator[PromptBatch]:
-    while True:
-        empty = True
-        for batch in batches:
-            empty = False
-            yield batch
-        if empty:
-            raise ValueError("The prompts came to their end. Pass something that can be gone through again and again.")
-
-
-def _marking_last(batches: Iterable) -> Iterator[tuple[Any, bool]]:
-    batches = list(batches)
-    for number, batch in enumerate(batches, start=1):
-        yield batch, number == len(batches)

@@ -80,9 +80,8 @@ def my_prompts(workload: Workload) -> PromptBatch:
     """This rank's share, the same in every iteration."""
     tokens = prompts(workload)
     mine = torch.arange(len(tokens)).tensor_split(comm.world_size())[comm.rank()].tolist()
-    return PromptBatch(
-        tokens=[tokens[row] for row in mine], texts=[as_text(tokens[row]) for row in mine], ids=mine, columns={}
-    )
+    texts = [as_text(tokens[row]) for row in mine]
+    return PromptBatch(prompts=texts, tokens=[tokens[row] for row in mine], texts=texts, ids=mine, columns={})
 
 
 def timed_iteration(trainer: DeepSpeedPPOTrainer, batch: PromptBatch) -> Timing:

@@ -12,7 +12,7 @@ from tiny import GPT2, LLAMA, MODELS, OPT, QWEN2, score_head
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from engine.models import random_init
-from engine.models.loading import exported_config, load_pretrained, load_tokenizer, restore_rope
+from engine.models.loading import exported_config, load_pretrained, load_tokenizer, restore_rope, vocabulary_size
 from engine.models.random_init import byte_tokenizer, local_name
 
 
@@ -231,3 +231,10 @@ def test_an_unknown_type_or_field_is_named_and_leaves_no_model_behind(cache, nam
 def test_alias_fields_are_known(cache):
     """GPT-2's own name for it is n_embd."""
     assert AutoConfig.from_pretrained(local_name("random://gpt2?hidden_size=32&n_layer=1&n_head=4")).n_embd == 32
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_random_model_embeds_every_token_of_its_tokenizer(family):
+    """transformers gives Qwen2 a tokenizer class of its own, which knows one token more."""
+    tokenizer = load_tokenizer(MODELS[family])
+    assert load(MODELS[family]).config.vocab_size == vocabulary_size(tokenizer)

@@ -5,8 +5,9 @@ import torch
 from tiny import GPT2, LLAMA, MODELS, score_head
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from engine.models.loading import exported_config
 from engine.models.random_init import local_name
-from engine.models.scalar_head import load_critic, load_reward_model
+from engine.models.scalar_head import load_critic, load_reward_model, load_scalar_head
 
 PAD, EOS = 0, 1
 LENGTHS = [3, 14, 1, 8]
@@ -90,6 +91,51 @@ def test_a_fresh_head_depends_on_the_seed_alone(name):
 
 def test_what_is_exported_knows_its_pad_token():
     assert load_critic(LLAMA, dtype=torch.float32, pad_token_id=7, seed=0).model.config.pad_token_id == 7
+
+
+# What the scores came to
+
+
+@pytest.fixture
+def with_normalisation(tmp_path) -> str:
+    """A reward model's folder whose scores came to a mean of 2.5 and a standard deviation of 4, as a run leaves it."""
+    scalar = load_reward_model(score_head(LLAMA), dtype=torch.float32, pad_token_id=PAD)
+    assert (scalar.score_mean, scalar.score_std) == (0.0, 1.0), "one that was never evaluated"
+    scalar.keep_normalisation(2.5, 4.0)
+    scalar.model.config = exported_config(scalar.model)
+    scalar.model.save_pretrained(tmp_path / "reward")
+    AutoTokenizer.from_pretrained(local_name(LLAMA)).save_pretrained(tmp_path / "reward")
+    return str(tmp_path / "reward")
+
+
+@torch.no_grad()
+def test_mean_and_deviation_are_kept_with_the_reward_model(with_normalisation):
+    again = load_reward_model(with_normalisation, dtype=torch.float32, pad_token_id=PAD).eval()
+    assert (again.score_mean, again.score_std) == (2.5, 4.0)
+    config = AutoConfig.from_pretrained(with_normalisation)
+    assert (config.score_mean, config.score_std) == (2.5, 4.0), "for those who load it plainly"
+    assert again.normalised(torch.tensor([2.5, 10.5, -1.5])).tolist() == [0.0, 2.0, -1.0]
+    # The plain scores are as before, ours and transformers' own.
+    ids = torch.tensor([rows()[1]])
+    last = torch.tensor([ids.shape[1] - 1])
+    before = load_reward_model(score_head(LLAMA), dtype=torch.float32, pad_token_id=PAD).eval()
+    assert torch.equal(again(ids, last), before(ids, last))
+    torch.testing.assert_close(plain(with_normalisation)(input_ids=ids).logits[0], before(ids, last), atol=1e-5, rtol=0)
+
+
+def test_a_critic_does_not_inherit_them(with_normalisation):
+    critic = load_critic(with_normalisation, dtype=torch.float32, pad_token_id=PAD, seed=0)
+    assert (critic.score_mean, critic.score_std) == (0.0, 1.0)
+    exported = exported_config(critic.model).to_dict()
+    assert "score_mean" not in exported and "score_std" not in exported
+    assert critic.normalised(torch.tensor([3.0])).item() == 3.0
+
+
+@pytest.mark.parametrize("pad", [None, 7])
+def test_a_model_to_train_keeps_the_pad_token_it_is_given(pad):
+    scalar = load_scalar_head(LLAMA, dtype=torch.float32, pad_token_id=pad, seed=0)
+    assert scalar.model.config.pad_token_id == pad
+    assert scalar.model.missing_from_checkpoint == ["score.weight"]
 
 
 # What is refused

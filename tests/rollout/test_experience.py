@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from engine.algorithms.advantages import gae, monte_carlo, temporal_difference
 from engine.algorithms.masking import whiten
 from engine.algorithms.rewards import kl_shaped_rewards
+from engine.data.sequences import Sequences
 from engine.rollout.experience import PER_TOKEN, Experience, padded, shaped_experience
 from engine.rollout.measuring import Measurements
-from engine.rollout.sequences import Sequences
 
 GIVEN = dict(kl_coef=0.3, gamma=0.9, lam=0.8, value_label="gae")
 MEASURED = [f.name for f in fields(Measurements)]

@@ -10,12 +10,12 @@ from tiny import MODELS
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from engine.data.sequences import Sequences
 from engine.models.language_model import load_language_model
 from engine.models.random_init import byte_tokenizer
 from engine.rollout import generation
 from engine.rollout.generation import Sampling, _draw, _warpers, eos_token_ids_of, generate_responses, noise_of_rows
 from engine.rollout.kv_cache import PreallocatedLayer, preallocated_cache
-from engine.rollout.sequences import Sequences
 
 _WINDOWED = "num_key_value_heads=2&hidden_size=32&intermediate_size=64&num_hidden_layers=2&num_attention_heads=4"
 FAMILIES = MODELS | {

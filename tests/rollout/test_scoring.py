@@ -6,7 +6,9 @@ import sys
 import pytest
 import torch
 
-from engine.rollout.scoring import load_score_function, scores_of_function
+from engine.data.exchanges import rows_of
+from engine.models.random_init import byte_tokenizer
+from engine.rollout.scoring import load_score_function, scores_of_function, sequences_for_another_tokenizer
 
 PROMPTS, RESPONSES = ["p", "q"], ["a", "bcd"]
 
@@ -143,3 +145,48 @@ def test_a_module_in_the_folder_of_the_run_is_found(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", sys.path.copy())
     assert load_score_function("scores_of_my_own:one")() == [1.0]
+
+
+# In another tokenizer's words
+
+EOS = "<eos>"
+
+
+def read(exchanges, tokenizer) -> list[tuple[str, str]]:
+    """What the reward model reads, written out again."""
+    rows = rows_of(sequences_for_another_tokenizer(exchanges, tokenizer))
+    return [(tokenizer.decode(prompt), tokenizer.decode(response)) for prompt, response in rows]
+
+
+def test_text_is_taken_as_the_actor_saw_it():
+    """A prompt cut to its end, say; a response that ended is ended, one that was cut off is not."""
+    exchanges = [("the prompt", "prompt", " so", True), ("p", "p", " so", False), ("p", "p", "", True)]
+    assert read(exchanges, byte_tokenizer()) == [("prompt", f" so{EOS}"), ("p", " so"), ("p", EOS)]
+    assert read([("p", "p", "", False)], byte_tokenizer()) == [("p", "")]
+
+
+def test_a_conversation_goes_through_the_reward_models_own_template():
+    conversation = [{"role": "user", "content": "hi"}]
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    exchanges = [(conversation, "user: hi\nassistant: ", "yes", ended) for ended in (True, False)]
+    before = f"[user]hi{EOS}[assistant]"
+    assert read(exchanges, tokenizer) == [(before, f"yes{EOS}"), (before, "yes")]
+
+
+def test_a_response_that_was_cut_off_has_no_end_of_turn_either():
+    """A template whose turns end with something else than EOS, as those of base models' tokenizers do."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}[/end]{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    (_, response), *_ = read([([{"role": "user", "content": "hi"}], "x", "yes, it i", False)], tokenizer)
+    assert response == "yes, it i"
+
+
+def test_no_exchanges_are_no_sequences():
+    assert len(sequences_for_another_tokenizer([], byte_tokenizer())) == 0

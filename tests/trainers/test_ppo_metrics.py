@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from engine.data.sequences import Sequences
 from engine.rollout.experience import PER_TOKEN, Experience
-from engine.rollout.sequences import Sequences
 from engine.trainers.ppo_metrics import StepStatistics, experience_metrics, explained_variance, step_metrics
 
 EOS = 1
