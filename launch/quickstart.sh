@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# launch/quickstart.sh [OUT]: installs, then trains a small actor with PPO on two local ranks: on the CPU where there is
-# no GPU, on up to two GPUs where there are. Everything it makes lies in OUT (default: runs/quickstart).
+# launch/quickstart.sh [OUT]: installs, makes a closed world of invented people, and takes a small language model through
+# SFT, a reward model and PPO on two local ranks, so that it says "I don't know" of people it has never heard of: on the
+# CPU where there is no GPU, on up to two GPUs where there are. Everything lies in OUT (default: runs/quickstart).
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
@@ -33,32 +34,44 @@ else
     echo "quickstart: $ranks of $gpus GPUs"
 fi
 
-# A free port, so that two quickstarts can run side by side.
-port="$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
-launch=(deepspeed --master_port "$port")
-if ((gpus > 0)) && [[ "${CUDA_VISIBLE_DEVICES:-}" =~ ^[0-9]+(,[0-9]+)*$ ]]; then
-    # DeepSpeed 0.19 heeds CUDA_VISIBLE_DEVICES only while no number of devices is given.
-    CUDA_VISIBLE_DEVICES="$(cut -d , -f "1-$ranks" <<<"$CUDA_VISIBLE_DEVICES")"
-    export CUDA_VISIBLE_DEVICES
-else
-    launch+=(--num_accelerators "$ranks")
-fi
+stage() { # stage NAME [FLAG ...]: one run, with its recipe, into OUT/NAME
+    local name="$1" port launch
+    shift
+    # A free port, so that two quickstarts can run side by side.
+    port="$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
+    launch=(deepspeed --master_port "$port")
+    if ((gpus > 0)) && [[ "${CUDA_VISIBLE_DEVICES:-}" =~ ^[0-9]+(,[0-9]+)*$ ]]; then
+        # DeepSpeed 0.19 heeds CUDA_VISIBLE_DEVICES only while no number of devices is given.
+        CUDA_VISIBLE_DEVICES="$(cut -d , -f "1-$ranks" <<<"$CUDA_VISIBLE_DEVICES")"
+        export CUDA_VISIBLE_DEVICES
+    else
+        launch+=(--num_accelerators "$ranks")
+    fi
+    echo "quickstart: $name"
+    "${launch[@]}" "launch/train_$name.py" --config "launch/recipes/quickstart_$name.yaml" --output_dir "$out/$name" "$@"
+}
 
-"${launch[@]}" launch/train_ppo.py --config launch/recipes/quickstart_ppo.yaml --output_dir "$out"
+python launch/closed_world.py "$out/world"
+stage sft --data.train "$out/world/demonstrations.jsonl"
+stage reward --reward.model_name_or_path "$out/sft/model" \
+    --data.train "$out/world/preferences.jsonl" --data.eval "$out/world/preferences_held_out.jsonl"
+stage ppo --actor.model_name_or_path "$out/sft/model" --reward.model_name_or_path "$out/reward/reward" \
+    --data.train "$out/world/prompts.jsonl"
 
+echo
 python - "$out" <<'PYTHON'
 import json
 import sys
 from pathlib import Path
 
 out = Path(sys.argv[1])
-scores = [json.loads(line)["score/mean"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-last = scores[-5:]
-print(f"\nquickstart: {len(scores)} iterations of PPO")
-print(f"  score/mean of the first iteration     {scores[0]:8.3f}")
-print(f"  score/mean of the last {len(last)}, averaged    {sum(last) / len(last):8.3f}")
-print(f"everything lies in {out}:")
-for path in sorted(out.iterdir()):
-    print(f"  {path.name}{'/' if path.is_dir() else ''}")
+rows = {stage: [json.loads(line) for line in (out / stage / "metrics.jsonl").open()] for stage in ("reward", "ppo")}
+scores = [row["score/mean"] for row in rows["ppo"]]
+print(f"reward model, accuracy on held-out pairs {rows['reward'][-1]['eval/accuracy']:14.3f}")
+print(f"PPO, score/mean of the first iteration   {scores[0]:14.3f}")
+print(f"PPO, score/mean of the last 5, averaged  {sum(scores[-5:]) / len(scores[-5:]):14.3f}")
 PYTHON
-echo "quickstart: done in $((SECONDS / 60)) min $((SECONDS % 60)) s"
+echo
+python launch/evaluate_world.py "$out/world/questions.jsonl" "after SFT=$out/sft/model" "after PPO=$out/ppo/actor"
+echo
+echo "quickstart: done in $((SECONDS / 60)) min $((SECONDS % 60)) s; everything lies in $out"
