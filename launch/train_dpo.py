@@ -32,7 +32,8 @@ def main() -> None:
     tokenizer = load_tokenizer(name, chat_template=config.data.chat_template)
     minibatches, num_iterations = create_datasets(args=config, tokenizer=tokenizer, train_phase=2)
     held_out = create_eval_dataset(args=config, tokenizer=tokenizer, train_phase=2)
-    comm.check_same_everywhere({"the examples": minibatches.dataset.examples.digest})
+    for what, examples in (("the examples", minibatches.dataset.examples), ("the held-out examples", held_out)):
+        comm.check_same_everywhere({what: examples and examples.digest})
     dtype = resolved_dtype(config.dtype, on_gpu=comm.device().type == "cuda")
     if config.ref_logprobs == "precomputed":
         numbers, ask = minibatches.dataset, None

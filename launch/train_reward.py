@@ -31,7 +31,8 @@ def main() -> None:
     tokenizer = load_tokenizer(name, chat_template=config.data.chat_template)
     minibatches, num_iterations = create_datasets(args=config, tokenizer=tokenizer, train_phase=2)
     held_out = create_eval_dataset(args=config, tokenizer=tokenizer, train_phase=2)
-    comm.check_same_everywhere({"the examples": minibatches.dataset.examples.digest})
+    for what, examples in (("the examples", minibatches.dataset.examples), ("the held-out examples", held_out)):
+        comm.check_same_everywhere({what: examples and examples.digest})
     dtype = resolved_dtype(config.dtype, on_gpu=comm.device().type == "cuda")
     # transformers finds a row's last real token by the pad id: were it EOS, it would score the token before.
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id != tokenizer.eos_token_id else None

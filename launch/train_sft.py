@@ -31,7 +31,8 @@ def main() -> None:
     tokenizer = load_tokenizer(name, chat_template=config.data.chat_template)
     minibatches, num_iterations = create_datasets(args=config, tokenizer=tokenizer, train_phase=1)
     held_out = create_eval_dataset(args=config, tokenizer=tokenizer, train_phase=1)
-    comm.check_same_everywhere({"the examples": minibatches.dataset.examples.digest})
+    for what, examples in (("the examples", minibatches.dataset.examples), ("the held-out examples", held_out)):
+        comm.check_same_everywhere({what: examples and examples.digest})
     dtype = resolved_dtype(config.dtype, on_gpu=comm.device().type == "cuda")
     sizes = dict(total_steps=num_iterations, tokenizer=tokenizer)
     build = partial(load_language_model, name, dtype=getattr(torch, dtype))

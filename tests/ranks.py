@@ -43,14 +43,19 @@ class RankFailed(AssertionError):  # noqa: N818 - a failed assertion of a test, 
     """A rank raised, died or did not answer in time; the message shows what it said."""
 
 
+def free_port() -> int:
+    """One that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 class Pool:
     """Processes that share one process group and wait for functions to run."""
 
     def __init__(self, world_size: int, *, group_timeout_s: int = 40):
         self.world_size = world_size
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.processes: list[subprocess.Popen] = []
         self.pipes: list[Connection] = []
         self.logs = []

@@ -96,8 +96,14 @@ def sequences_for_another_tokenizer(
         asked = text if isinstance(prompt, str) else prompt
         answer = render_response(asked, response, tokenizer)
         if not ended:  # nor does it end its turn
-            answer = answer[: answer.find(response.strip()) + len(response.strip())]
+            answer = answer.removesuffix(_end_of_turn(asked, tokenizer))
         ids = encode_exchange(render(asked, tokenizer), answer, tokenizer)
         prompts.append(ids[0])
         responses.append(ids[1] if ended else ids[1][:-1])
     return Sequences.of(prompts, responses)
+
+
+def _end_of_turn(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the chat template writes after a response, whatever the response; nothing after text."""
+    mark = "\ue000response\ue001"  # of private use: no template writes it
+    return render_response(prompt, mark, tokenizer).partition(mark)[2]

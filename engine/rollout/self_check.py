@@ -8,6 +8,7 @@ router draws noise in training mode, heads with a scale of their own.
 import torch
 from torch import Tensor
 
+from engine.distributed import comm
 from engine.distributed.initialize import Engine
 from engine.models.language_model import LanguageModel
 from engine.rollout.kv_cache import preallocated_cache
@@ -32,7 +33,7 @@ def check_language_model(engine: Engine, *, role: str, decoding: bool = True) ->
     tolerance = TOLERANCE.get(module.model.dtype, TOLERANCE_16_BIT)
     vocabulary = module.model.config.get_text_config().vocab_size
     drawn = torch.randint(vocabulary, (14,), generator=torch.Generator().manual_seed(0))
-    rows = [row.to(module.model.device) for row in drawn.split([5, 9])]
+    rows = [row.to(comm.device()) for row in drawn.split([5, 9])]
     try:
         module.eval()
         wanted = torch.cat([_plain(module, row) for row in rows])

@@ -59,7 +59,7 @@ def launch(tmp_path_factory):
 
     def run(*flags: str, output: str):
         deepspeed = Path(sys.executable).with_name("deepspeed")
-        port = str(29000 + os.getpid() % 900 + len(output))
+        port = str(ranks.free_port())
         command = [str(deepspeed), "--num_accelerators", "2", "--master_port", port, "launch/train_ppo.py"]
         command += ["--config", str(folder / "recipe.yaml"), "--output_dir", str(folder / output), *flags]
         path = os.pathsep.join([ranks.OFFLINE["PYTHONPATH"], str(folder)])

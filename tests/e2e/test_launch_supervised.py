@@ -32,7 +32,7 @@ def launched(stage: str, config, *flags: str) -> subprocess.CompletedProcess:
     """`deepspeed launch/train_<stage>.py` with two ranks."""
     recipe = Path(config.output_dir).with_name("recipe.yaml")
     recipe.write_text(yaml.safe_dump(as_dict(config)))
-    port = str(28000 + os.getpid() % 900 + len(stage))
+    port = str(ranks.free_port())
     command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", port]
     command += [f"launch/train_{stage}.py", "--config", str(recipe), *flags]
     environment = {**os.environ, **ranks.OFFLINE}

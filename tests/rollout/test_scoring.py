@@ -188,5 +188,17 @@ def test_a_response_that_was_cut_off_has_no_end_of_turn_either():
     assert response == "yes, it i"
 
 
+@pytest.mark.parametrize("response", ["t", "d", "", "end", "yes "])
+def test_a_cut_off_response_that_the_template_contains_is_not_cut_again(response):
+    """Its letters stand in what the template writes before it and after it."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}]{% if m['role'] == 'assistant' %}<think>{% endif %}"
+        "{{ m['content'] }}[/end]{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    (_, read_as), *_ = read([([{"role": "user", "content": "hi"}], "x", response, False)], tokenizer)
+    assert read_as == f"<think>{response}"
+
+
 def test_no_exchanges_are_no_sequences():
     assert len(sequences_for_another_tokenizer([], byte_tokenizer())) == 0
