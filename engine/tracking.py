@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from engine.config import TrackingConfig
+from engine.config import PPOConfig, SupervisedConfig, TrackingConfig, as_dict
 
 
 class Tracker:
@@ -35,24 +35,24 @@ class Tracker:
 
     def __init__(
         self,
-        output_dir: Path,
-        config: TrackingConfig,
+        config: PPOConfig | SupervisedConfig,
         *,
-        run_config: dict[str, Any],
         num_iterations: int,
         is_main: bool,
         shown: Sequence[str] = ("score/mean", "kl/ref_mean", "response/length_mean"),
     ):
         """
         Args:
+            config: the run's.
             shown: the metrics of the progress line, where an iteration has them.
 
         Raises:
-            ValueError: `output_dir` cannot be written to.
+            ValueError: `config.output_dir` cannot be written to.
         """
         self.is_main, self.shown = is_main, shown
         if not is_main:
             return
+        run_config, output_dir = as_dict(config), Path(config.output_dir)
         self.output_dir = output_dir
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ class Tracker:
         except OSError as error:
             raise ValueError(f"output_dir={output_dir} cannot be written to: {error}") from error
         self.bar = tqdm(total=num_iterations, unit="iteration", disable=not sys.stderr.isatty())
-        self.wandb = _wandb_run(output_dir, config, run_config)
+        self.wandb = _wandb_run(output_dir, config.tracking, run_config)
 
     def log(self, iteration: int, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
         """One iteration: its metrics and a few of its responses."""

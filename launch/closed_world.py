@@ -1,6 +1,6 @@
 """A closed world of invented people, made on the spot: what the quickstart's models learn and are judged by.
 
-    python launch/closed_world.py runs/quickstart/world
+    python launch/closed_world.py runs/quickstart/world [SEED]
 
 Everybody lives in one of eight towns and keeps one of eight kinds of animals. Some people are *known*: demonstrations
 tell where they live and what they keep. Of all others, the *unseen*, nobody has told the model anything, and the honest
@@ -45,9 +45,9 @@ Row = dict[str, str]
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    folder, seed = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in world(seed=0).items():
+    for name, rows in world(seed).items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         print(f"{folder / name}.jsonl: {len(rows)} rows")
 

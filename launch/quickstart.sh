@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# launch/quickstart.sh [OUT]: installs, makes a closed world of invented people, and takes a small language model through
-# SFT, a reward model and PPO on two local ranks, so that it says "I don't know" of people it has never heard of: on the
-# CPU where there is no GPU, on up to two GPUs where there are. Everything lies in OUT (default: runs/quickstart).
+# launch/quickstart.sh [OUT [SEED]]: installs, makes a closed world of invented people, and takes a small language model
+# through SFT, a reward model and PPO on two local ranks, so that it says "I don't know" of people it has never heard
+# of: on the CPU where there is no GPU, on up to two GPUs where there are. Everything lies in OUT (default:
+# runs/quickstart). SEED (default: 0) makes another world and another run in it.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
-if (($# > 1)) || [[ "${1:-}" == -* ]]; then
-    echo "usage: bash launch/quickstart.sh [OUT]" >&2
+if (($# > 2)) || [[ "${1:-}" == -* || ! "${2:-0}" =~ ^[0-9]+$ ]]; then
+    echo "usage: bash launch/quickstart.sh [OUT [SEED]], SEED a number" >&2
     exit 2
 fi
-out="${1:-$root/runs/quickstart}"
+out="${1:-$root/runs/quickstart}" seed="${2:-0}"
 [[ "$out" == /* ]] || out="$PWD/$out"
 if [[ -e "$out" && ! -d "$out" ]]; then
     echo "quickstart: $out is a file; give the folder to write to: bash launch/quickstart.sh OUT" >&2
@@ -48,10 +49,11 @@ stage() { # stage NAME [FLAG ...]: one run, with its recipe, into OUT/NAME
         launch+=(--num_accelerators "$ranks")
     fi
     echo "quickstart: $name"
-    "${launch[@]}" "launch/train_$name.py" --config "launch/recipes/quickstart_$name.yaml" --output_dir "$out/$name" "$@"
+    "${launch[@]}" "launch/train_$name.py" --config "launch/recipes/quickstart_$name.yaml" \
+        --output_dir "$out/$name" --seed "$seed" "$@"
 }
 
-python launch/closed_world.py "$out/world"
+python launch/closed_world.py "$out/world" "$seed"
 stage sft --data.train "$out/world/demonstrations.jsonl"
 stage reward --reward.model_name_or_path "$out/sft/model" \
     --data.train "$out/world/preferences.jsonl" --data.eval "$out/world/preferences_held_out.jsonl"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from engine.config import DPOConfig, as_dict, parse, resolved_dtype, run
+from engine.config import DPOConfig, parse, resolved_dtype, run
 from engine.data import create_datasets, create_eval_dataset
 from engine.distributed import comm
 from engine.distributed.checkpoint import export_huggingface
@@ -23,6 +23,8 @@ from engine.tracking import Tracker
 from engine.trainers.objectives import DirectPreference
 from engine.trainers.ref_logprobs import online, ref_engine, with_ref_logprobs
 from engine.trainers.supervised_trainer import SupervisedTrainer
+
+SHOWN = ("train/loss", "train/accuracy", "eval/accuracy")  # on the progress line
 
 
 def main() -> None:
@@ -50,14 +52,7 @@ def main() -> None:
     given = dict(loss=config.loss, beta=config.beta, label_smoothing=config.label_smoothing)
     trainer = SupervisedTrainer(model, DirectPreference(ask, **given, chunk_tokens=config.logits_chunk_tokens), config)
     with comm.same_error_everywhere():
-        tracker = Tracker(
-            Path(config.output_dir),
-            config.tracking,
-            run_config=as_dict(config),
-            num_iterations=num_iterations,
-            is_main=comm.is_main(),
-            shown=("train/loss", "train/accuracy", "eval/accuracy"),
-        )
+        tracker = Tracker(config, num_iterations=num_iterations, is_main=comm.is_main(), shown=SHOWN)
     with tracker:
         trainer.train(minibatches, num_iterations, tracker, held_out)
         export_huggingface(model, Path(config.output_dir) / "model", tokenizer)

@@ -8,7 +8,7 @@ exported actor/ and critic/ to the output folder. Leaves out: resuming (a run th
 
 from pathlib import Path
 
-from engine.config import PPOConfig, as_dict, parse, run
+from engine.config import PPOConfig, parse, run
 from engine.data import create_datasets
 from engine.distributed import comm
 from engine.distributed.checkpoint import export_huggingface
@@ -38,13 +38,7 @@ def main() -> None:
     )
     trainer = DeepSpeedPPOTrainer(rlhf_engine, config)
     with comm.same_error_everywhere():
-        tracker = Tracker(
-            output_dir,
-            config.tracking,
-            run_config=as_dict(config),
-            num_iterations=num_iterations,
-            is_main=comm.is_main(),
-        )
+        tracker = Tracker(config, num_iterations=num_iterations, is_main=comm.is_main())
     with tracker:
         trainer.train(prompts, num_iterations, tracker)
         export_huggingface(rlhf_engine.actor, output_dir / "actor", tokenizer)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from engine.config import RewardModelConfig, as_dict, parse, resolved_dtype, run
+from engine.config import RewardModelConfig, parse, resolved_dtype, run
 from engine.data import create_datasets, create_eval_dataset
 from engine.distributed import comm
 from engine.distributed.checkpoint import export_huggingface
@@ -22,6 +22,8 @@ from engine.supervised_engine import supervised_engine
 from engine.tracking import Tracker
 from engine.trainers.objectives import BradleyTerry
 from engine.trainers.supervised_trainer import SupervisedTrainer
+
+SHOWN = ("train/loss", "train/accuracy", "eval/accuracy")  # on the progress line
 
 
 def main() -> None:
@@ -42,14 +44,7 @@ def main() -> None:
 
     trainer = SupervisedTrainer(reward, BradleyTerry(), config)
     with comm.same_error_everywhere():
-        tracker = Tracker(
-            Path(config.output_dir),
-            config.tracking,
-            run_config=as_dict(config),
-            num_iterations=num_iterations,
-            is_main=comm.is_main(),
-            shown=("train/loss", "train/accuracy", "eval/accuracy"),
-        )
+        tracker = Tracker(config, num_iterations=num_iterations, is_main=comm.is_main(), shown=SHOWN)
     with tracker:
         trainer.train(minibatches, num_iterations, tracker, held_out)
         scores = trainer.numbers(minibatches.dataset.examples if held_out is None else held_out)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from engine.config import SFTConfig, as_dict, parse, resolved_dtype, run
+from engine.config import SFTConfig, parse, resolved_dtype, run
 from engine.data import create_datasets, create_eval_dataset
 from engine.distributed import comm
 from engine.distributed.checkpoint import export_huggingface
@@ -22,6 +22,8 @@ from engine.supervised_engine import supervised_engine
 from engine.tracking import Tracker
 from engine.trainers.objectives import NextToken
 from engine.trainers.supervised_trainer import SupervisedTrainer
+
+SHOWN = ("train/loss", "eval/loss", "eval/perplexity")  # on the progress line
 
 
 def main() -> None:
@@ -41,14 +43,7 @@ def main() -> None:
 
     trainer = SupervisedTrainer(model, NextToken(chunk_tokens=config.logits_chunk_tokens), config)
     with comm.same_error_everywhere():
-        tracker = Tracker(
-            Path(config.output_dir),
-            config.tracking,
-            run_config=as_dict(config),
-            num_iterations=num_iterations,
-            is_main=comm.is_main(),
-            shown=("train/loss", "eval/loss", "eval/perplexity"),
-        )
+        tracker = Tracker(config, num_iterations=num_iterations, is_main=comm.is_main(), shown=SHOWN)
     with tracker:
         trainer.train(minibatches, num_iterations, tracker, held_out)
         export_huggingface(model, Path(config.output_dir) / "model", tokenizer)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from engine.config import TrackingConfig
+from engine.config import DemonstrationDataConfig, FrozenRoleConfig, SFTConfig, TrackingConfig, as_dict
 from engine.tracking import Tracker
 
 OFF = TrackingConfig(wandb="disabled")
@@ -22,8 +22,13 @@ METRICS = {
 SAMPLES = [{"iteration": 1, "prompt": "Grüße", "response": "日本\n", "score": 2.0}]
 
 
-def tracker(folder, config=OFF, *, is_main=True, run_config=None) -> Tracker:
-    return Tracker(folder, config, run_config=run_config or {"seed": 3}, num_iterations=4, is_main=is_main)
+def run_config(folder, tracking=OFF) -> SFTConfig:
+    given = dict(model=FrozenRoleConfig(model_name_or_path="model"), data=DemonstrationDataConfig(train="data.jsonl"))
+    return SFTConfig(**given, output_dir=str(folder), tracking=tracking, seed=3)
+
+
+def tracker(folder, tracking=OFF, *, is_main=True) -> Tracker:
+    return Tracker(run_config(folder, tracking), num_iterations=4, is_main=is_main)
 
 
 def lines(path) -> list[dict]:
@@ -49,7 +54,7 @@ def test_every_iteration_is_a_line_and_every_sample_too(tmp_path):
     assert lines(out / "metrics.jsonl") == [{"iteration": 1, **METRICS}, {"iteration": 2, **METRICS, "score/mean": 2.5}]
     assert lines(out / "samples.jsonl") == SAMPLES * 3
     assert "日本" in (out / "samples.jsonl").read_text(encoding="utf-8")
-    assert yaml.safe_load((out / "config.yaml").read_text()) == {"seed": 3}
+    assert yaml.safe_load((out / "config.yaml").read_text()) == as_dict(run_config(out))
 
 
 def test_the_progress_line_says_the_iteration_and_the_score(tmp_path, capsys):
@@ -149,7 +154,7 @@ def test_wandb_gets_the_metrics_and_a_table(tmp_path, fake):
         "project": "p",
         "name": "r",
         "mode": "offline",
-        "config": {"seed": 3},
+        "config": as_dict(run_config(tmp_path, TrackingConfig(wandb="offline", project="p", run_name="r"))),
     }
     table = wandb.logged[0].pop("samples")
     assert wandb.logged == [{"iteration": 3, **METRICS}, {"iteration": 4, **METRICS}]
