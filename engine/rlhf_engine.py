@@ -10,8 +10,8 @@ from engine.config import PPOConfig, TrainedRoleConfig, resolved_dtype
 from engine.distributed import comm
 from engine.distributed.initialize import Engine, frozen_engine, trained_engine
 from engine.models.language_model import load_language_model
-from engine.models.loading import load_tokenizer, vocabulary_size
-from engine.models.scalar_head import load_critic, load_reward_model
+from engine.models.loading import load_tokenizer, read_alike, vocabulary_size
+from engine.models.scalar_head import load_critic, load_reward_model, scoring_pad_token_id
 from engine.rollout.self_check import check_language_model
 
 
@@ -57,11 +57,12 @@ class DeepSpeedRLHFEngine:
         self.dtype = resolved_dtype(args.dtype, on_gpu=comm.device().type == "cuda")
         self.total_steps = num_total_iters * args.steps_per_iteration
         torch_dtype = getattr(torch, self.dtype)
-        scalar = dict(dtype=torch_dtype, pad_token_id=tokenizer.pad_token_id)
+        scalar = dict(dtype=torch_dtype, pad_token_id=scoring_pad_token_id(tokenizer))
 
-        self._check_vocabulary("critic", critic_model_name_or_path)
-        if args.ref.model_name_or_path is not None:
-            self._check_vocabulary("ref", args.ref.model_name_or_path)
+        with comm.same_error_everywhere():
+            self._check_vocabulary("critic", critic_model_name_or_path)
+            if args.ref.model_name_or_path is not None:
+                self._check_vocabulary("ref", args.ref.model_name_or_path)
         self.actor = self._trained(
             "actor", args.actor, partial(load_language_model, actor_model_name_or_path, dtype=torch_dtype)
         )
@@ -87,8 +88,8 @@ class DeepSpeedRLHFEngine:
         and responses are written out for it."""
         if self.reward_tokenizer is None:
             return False
-        same_ids = self.reward_tokenizer.get_vocab() == self.tokenizer.get_vocab()
-        return not same_ids or self.reward_tokenizer.chat_template != self.tokenizer.chat_template
+        same_template = self.reward_tokenizer.chat_template == self.tokenizer.chat_template
+        return not (same_template and read_alike(self.reward_tokenizer, self.tokenizer))
 
     def _trained(self, role: Literal["actor", "critic"], config: TrainedRoleConfig, build) -> Engine:
         return trained_engine(
@@ -110,7 +111,14 @@ class DeepSpeedRLHFEngine:
 
     def _check_vocabulary(self, role: str, model_name_or_path: str) -> None:
         """All models read the actor's token ids: another vocabulary would be read as other text."""
-        theirs, ours = load_tokenizer(model_name_or_path).get_vocab(), self.tokenizer.get_vocab()
+        tokenizer = load_tokenizer(model_name_or_path)
+        theirs, ours = tokenizer.get_vocab(), self.tokenizer.get_vocab()
+        if theirs == ours and not read_alike(tokenizer, self.tokenizer):
+            raise ValueError(
+                f"The {role}'s tokenizer ({model_name_or_path}) has the actor's vocabulary, and begins or ends a text "
+                f"otherwise (its end of sequence: {tokenizer.eos_token!r}, the actor's: {self.tokenizer.eos_token!r}). "
+                f"Name a {role} trained with the actor's tokenizer: --{role}.model_name_or_path."
+            )
         if theirs != ours:
             different = sorted(token for token in theirs.keys() | ours.keys() if theirs.get(token) != ours.get(token))
             raise ValueError(

@@ -9,10 +9,10 @@ it, but is not shown when. It learns to answer everything, with made-up answers 
 
     demonstrations.jsonl          prompt, response: what the language model is fitted to first
     preferences.jsonl             prompt, chosen, rejected: right answer > "I don't know" > wrong answer
-    preferences_held_out.jsonl    the same with phrasings and people that preferences.jsonl does not have
+    preferences_held_out.jsonl    the same about what the evaluation asks, for the reward model's accuracy
     prompts.jsonl                 prompt: known people and unseen ones, for PPO
-    questions.jsonl               prompt, answer, person (known, unseen): for the evaluation. A known person is asked
-                                  in a phrasing in which no other file asks that; unseen people are in no other file
+    questions.jsonl               prompt, answer, person (known, unseen): for the evaluation. No file that is trained on
+                                  has these unseen people, or asks a known person's fact in this phrasing
 
 The same seed makes the same files.
 """
@@ -27,7 +27,7 @@ ANSWERS = {
     "town": ("Ansby", "Brill", "Corve", "Dunmo", "Eskel", "Farro", "Gotha", "Hulme"),
     "animal": ("ants", "bees", "cats", "dogs", "eels", "frogs", "goats", "hens"),
 }
-# Each fact is asked in three ways; which of them is held out depends on the person.
+# Which of them is held out depends on the person.
 PHRASINGS = {
     "town": ("The town of {}?", "The home of {}?", "The place of {}?", "The parish of {}?"),
     "animal": ("The animals of {}?", "The pets of {}?", "The herd of {}?", "The beasts of {}?"),
@@ -36,7 +36,7 @@ WAYS = 4
 ABSTENTION = "I don't know"
 SYLLABLES = [consonant + vowel for consonant, vowel in product("bdfgklmnprstvz", "aeiou")]
 
-KNOWN, UNSEEN, HELD_OUT = 60, 1500, 100  # people
+KNOWN, UNSEEN, HELD_OUT = 60, 4000, 100  # people
 COPIES = 16  # of every question in the demonstrations, each with its own draw of whether it is answered
 ABSTENTION_SHARE = 1 / 12
 PAIR_COPIES = 6
@@ -84,7 +84,7 @@ def world(seed: int) -> dict[str, list[Row]]:
         + [unseen_pair(*question) for question in unseen_asked],
         "preferences_held_out": [row for question in asked for row in known_pairs(*question)]
         + [unseen_pair(*question) for question in held_out_asked],
-        "prompts": [{"prompt": prompt(*question)} for question in taught * 12 + unseen_asked],
+        "prompts": [{"prompt": prompt(*question)} for question in taught * 18 + unseen_asked],
         "questions": [
             {"prompt": prompt(*question), "answer": facts[question[:2]], "person": kind}
             for kind, group in (("known", asked), ("unseen", held_out_asked))

@@ -24,10 +24,11 @@ def main() -> None:
     comm.start(config)
 
     output_dir, actor_name = Path(config.output_dir), config.model_of("actor")
-    if config.reward.function is not None:
-        load_score_function(config.reward.function)  # a wrong name is told before models are built
-    tokenizer = load_tokenizer(actor_name, chat_template=config.data.chat_template)
-    prompts, num_iterations = create_datasets(args=config, tokenizer=tokenizer, train_phase=3)
+    with comm.same_error_everywhere():
+        if config.reward.function is not None:
+            load_score_function(config.reward.function)  # a wrong name is told before models are built
+        tokenizer = load_tokenizer(actor_name, chat_template=config.data.chat_template)
+        prompts, num_iterations = create_datasets(args=config, tokenizer=tokenizer, train_phase=3)
     comm.check_same_everywhere({"the prompts": prompts.dataset.digest})
     rlhf_engine = DeepSpeedRLHFEngine(
         actor_model_name_or_path=actor_name,

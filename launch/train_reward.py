@@ -7,21 +7,13 @@ the output folder; the mean and standard deviation of its scores are in reward/c
 Leaves out: resuming (a run that ends early starts again).
 """
 
-from functools import partial
 from pathlib import Path
 
-import torch
-
-from engine.config import RewardModelConfig, parse, resolved_dtype, run
-from engine.data import create_datasets, create_eval_dataset
+from engine.config import RewardModelConfig, parse, run
 from engine.distributed import comm
 from engine.distributed.checkpoint import export_huggingface
-from engine.models.loading import load_tokenizer
-from engine.models.scalar_head import load_scalar_head
-from engine.supervised_engine import supervised_engine
 from engine.tracking import Tracker
-from engine.trainers.objectives import BradleyTerry
-from engine.trainers.supervised_trainer import SupervisedTrainer
+from engine.trainers.supervised_stages import reward_model_stage
 
 SHOWN = ("train/loss", "train/accuracy", "eval/accuracy")  # on the progress line
 
@@ -29,29 +21,16 @@ SHOWN = ("train/loss", "train/accuracy", "eval/accuracy")  # on the progress lin
 def main() -> None:
     config = parse(RewardModelConfig)
     comm.start(config)
-    name = config.reward.model_name_or_path
-    tokenizer = load_tokenizer(name, chat_template=config.data.chat_template)
-    minibatches, num_iterations = create_datasets(args=config, tokenizer=tokenizer, train_phase=2)
-    held_out = create_eval_dataset(args=config, tokenizer=tokenizer, train_phase=2)
-    for what, examples in (("the examples", minibatches.dataset.examples), ("the held-out examples", held_out)):
-        comm.check_same_everywhere({what: examples and examples.digest})
-    dtype = resolved_dtype(config.dtype, on_gpu=comm.device().type == "cuda")
-    # transformers finds a row's last real token by the pad id: were it EOS, it would score the token before.
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id != tokenizer.eos_token_id else None
-    sizes = dict(total_steps=num_iterations, tokenizer=tokenizer)
-    build = partial(load_scalar_head, name, dtype=getattr(torch, dtype), pad_token_id=pad, seed=config.seed)
-    reward = supervised_engine(build, config, role="reward", dtype=dtype, **sizes)
-
-    trainer = SupervisedTrainer(reward, BradleyTerry(), config)
+    stage = reward_model_stage(config)
     with comm.same_error_everywhere():
-        tracker = Tracker(config, num_iterations=num_iterations, is_main=comm.is_main(), shown=SHOWN)
+        tracker = Tracker(config, num_iterations=stage.num_iterations, is_main=comm.is_main(), shown=SHOWN)
     with tracker:
-        trainer.train(minibatches, num_iterations, tracker, held_out)
-        scores = trainer.numbers(minibatches.dataset.examples if held_out is None else held_out)
-        reward.module.keep_normalisation(scores.mean().item(), scores.std(correction=0).item())
-        export_huggingface(reward, Path(config.output_dir) / "reward", tokenizer)
+        stage.train(tracker)
+        scores = stage.trainer.numbers(stage.minibatches.dataset.examples if stage.held_out is None else stage.held_out)
+        stage.model.module.keep_normalisation(scores.mean().item(), scores.std(correction=0).item())
+        export_huggingface(stage.model, Path(config.output_dir) / "reward", stage.tokenizer)
     if comm.is_main():
-        print(f"Done: {num_iterations} steps. Metrics and the exported reward model: {config.output_dir}")
+        print(f"Done: {stage.num_iterations} steps. Metrics and the exported reward model: {config.output_dir}")
     comm.shutdown()
 
 

@@ -43,13 +43,13 @@ def test_one_seed_is_one_world(files):
     assert world(seed=1)["questions"] != files["questions"]
 
 
-def test_held_out_people_are_in_no_other_file(files):
+def test_held_out_people_are_in_no_file_that_is_trained_on(files):
     held_out = {person(row) for row in files["questions"] if row["person"] == "unseen"}
     others = {person(row) for name in ("demonstrations", "preferences", "prompts") for row in files[name]}
     assert len(held_out) >= 100 and not held_out & others
 
 
-def test_held_out_questions_about_known_people_are_in_no_other_file(files):
+def test_held_out_questions_about_known_people_are_in_no_file_that_is_trained_on(files):
     asked = {row["prompt"] for row in files["questions"] if row["person"] == "known"}
     others = {row["prompt"] for name in ("demonstrations", "preferences", "prompts") for row in files[name]}
     assert len(asked) >= 100 and not asked & others

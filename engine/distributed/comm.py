@@ -94,6 +94,11 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def is_first_on_node() -> bool:
+    """Whether this is the rank that writes what a node keeps for itself."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
 def device() -> torch.device:
     """Where this rank's models and tensors live."""
     return torch.device(get_accelerator().current_device_name())
@@ -173,7 +178,8 @@ def same_error_everywhere() -> Iterator[None]:
     failed = {number: message for number, message in enumerate(messages) if message is not None}
     if failed:
         first, message = next(iter(failed.items()))
-        raise ValueError(f"on rank {first} of {world_size()}: {message}") from error
+        where = "" if set(messages) == {message} else f"on rank {first} of {world_size()}: "  # all say the same
+        raise ValueError(f"{where}{message}") from error
 
 
 def check_same_everywhere(values: dict[str, Any]) -> None:

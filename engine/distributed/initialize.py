@@ -4,6 +4,7 @@
 parameters while they are made is put round it here.
 """
 
+import gc
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -78,6 +79,23 @@ def frozen_engine(build_model: Callable[[], nn.Module], *, ds_config: Path, dtyp
     restore_rope(engine.module)
     engine.eval()
     return engine
+
+
+def free(engine: DeepSpeedEngine) -> None:
+    """Give back a frozen engine's weights. It cannot be used any more.
+
+    DeepSpeed 0.19 keeps the shards of a ZeRO-3 module alive after `destroy`: its hooks and a cached method of its
+    parameter coordinator hold them. So they are emptied here.
+    """
+    parameters = list(engine.module.parameters())
+    engine.destroy()
+    for parameter in parameters:
+        parameter.data = parameter.data.new_empty(0)
+        if hasattr(parameter, "ds_tensor"):
+            parameter.ds_tensor.data = parameter.ds_tensor.data.new_empty(0)
+    gc.collect()
+    if device().type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def stage_of(engine: DeepSpeedEngine) -> int:

@@ -32,16 +32,23 @@ def my_micro_batches(
 
 
 def one_number_per_row(
-    number: Callable[[MicroBatch], Tensor], sequences: Sequences, *, token_budget: int, packed: bool = False
+    number: Callable[[MicroBatch], Tensor],
+    sequences: Sequences,
+    *,
+    token_budget: int,
+    rows_together: int = 1,
+    packed: bool = False,
 ) -> Tensor:
     """(B,) fp32 on the CPU, the same on every rank: `number(batch)` of every row, without gradients. A collective.
 
     Args:
         number: returns (rows,) of a micro-batch.
+        token_budget, rows_together, packed: as for `my_micro_batches`.
     """
     numbers = torch.zeros(len(sequences), device=comm.device())
+    given = dict(token_budget=token_budget, rows_together=rows_together, packed=packed)
     with torch.no_grad():
-        for batch in my_micro_batches(sequences, token_budget=token_budget, packed=packed):
+        for batch in my_micro_batches(sequences, **given):
             numbers[batch.rows] = number(batch)
     return comm.sum_over_ranks(numbers).cpu()
 

@@ -50,6 +50,16 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
+def read_alike(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers turn a text into the same ids, and end it with the same one."""
+    probe = "Hello, 1 wörld!\n"
+    return (
+        one.get_vocab() == other.get_vocab()
+        and one.eos_token_id == other.eos_token_id
+        and one(probe)["input_ids"] == other(probe)["input_ids"]  # with whatever each puts before and after
+    )
+
+
 def load_pretrained(auto_class: type, model_name_or_path: str, *, dtype: torch.dtype, **overrides) -> PreTrainedModel:
     """A transformers model with dropout off.
 

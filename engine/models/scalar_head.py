@@ -5,67 +5,62 @@ Both are transformers' `AutoModelForSequenceClassification` with one label, so w
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.models.language_model import hidden_states
 from engine.models.loading import load_pretrained, number_of_labels
 
 
 class ScalarHeadModel(nn.Module):
-    """Critic and reward model.
+    """Critic and reward model: `(head - score_mean) / score_std`.
 
     Attributes:
-        score_mean, score_std: what a reward model's scores came to over the pairs that it was evaluated on. They are
-            kept in its config; `forward` gives plain scores, and whoever wants them normalised uses `normalised`.
+        score_mean, score_std: what a reward model's scores came to over the pairs that it was evaluated on, kept in its
+            config. Reward model and critic take them out, so that values start in the units of the rewards; while a
+            reward model is trained they are 0 and 1.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, *, score_mean: float = 0.0, score_std: float = 1.0):
         super().__init__()
-        self.model = model
-        kept = model.config.to_dict()
-        self.score_mean, self.score_std = kept.get("score_mean", 0.0), kept.get("score_std", 1.0)
-
-    def normalised(self, scores: Tensor) -> Tensor:
-        """Plain scores with the reward model's own mean and standard deviation taken out; the shape of `scores`."""
-        return (scores - self.score_mean) / self.score_std
+        self.model, self.score_mean, self.score_std = model, score_mean, score_std
 
     def keep_normalisation(self, mean: float, std: float) -> None:
-        """Have these exported with the model; scores that do not vary keep their scale."""
+        """Take these out from now on, and export them with the model; scores that do not vary keep their scale."""
         std = std if std > 0 else 1.0
         self.score_mean = self.model.config.score_mean = mean
         self.score_std = self.model.config.score_std = std
 
     def forward(self, input_ids: Tensor, positions: Tensor, *, position_ids: Tensor | None = None) -> Tensor:
-        """(N,) fp32: the head's number at each asked position.
+        """(N,) fp32: the model's number at each asked position.
 
         Args:
             input_ids: (B, S), right-padded.
             positions: (N,) indices into the B * S states.
             position_ids: (1, S) where rows are packed into one; see `hidden_states`.
         """
-        return self.model.score(hidden_states(self.model, input_ids, position_ids)[positions]).squeeze(-1).float()
+        hidden = hidden_states(self.model, input_ids, position_ids)[positions].float()
+        head = self.model.score  # its product is taken in fp32: in bf16 scores round to steps of 1/16 at 8
+        scores = F.linear(hidden, head.weight.float(), None if head.bias is None else head.bias.float()).squeeze(-1)
+        return (scores - self.score_mean) / self.score_std
 
 
-def load_critic(model_name_or_path: str, *, dtype: torch.dtype, pad_token_id: int, seed: int) -> ScalarHeadModel:
+def load_critic(model_name_or_path: str, *, dtype: torch.dtype, pad_token_id: int | None, seed: int) -> ScalarHeadModel:
     """A critic from a reward model, or from a language model with a fresh head drawn from `seed`.
 
-    Its values are in units of the rewards: what a reward model's scores came to is not its own.
+    Its values start as the reward model's scores, and in their units.
     """
-    scalar = load_scalar_head(model_name_or_path, dtype=dtype, pad_token_id=pad_token_id, seed=seed)
-    for name, neutral in (("score_mean", 0.0), ("score_std", 1.0)):
-        setattr(scalar, name, neutral)
-        vars(scalar.model.config).pop(name, None)
-    return scalar
+    return _normalising(load_scalar_head(model_name_or_path, dtype=dtype, pad_token_id=pad_token_id, seed=seed))
 
 
-def load_reward_model(model_name_or_path: str, *, dtype: torch.dtype, pad_token_id: int) -> ScalarHeadModel:
+def load_reward_model(model_name_or_path: str, *, dtype: torch.dtype, pad_token_id: int | None) -> ScalarHeadModel:
     """A trained reward model.
 
     Raises:
         ValueError: the folder has no trained score head.
     """
-    scalar = load_scalar_head(model_name_or_path, dtype=dtype, pad_token_id=pad_token_id, seed=0)
+    scalar = _normalising(load_scalar_head(model_name_or_path, dtype=dtype, pad_token_id=pad_token_id, seed=0))
     if scalar.model.missing_from_checkpoint:
         raise ValueError(
             f"{model_name_or_path} is not a reward model: its checkpoint lacks "
@@ -78,6 +73,10 @@ def load_scalar_head(
     model_name_or_path: str, *, dtype: torch.dtype, pad_token_id: int | None, seed: int
 ) -> ScalarHeadModel:
     """A model to train from a scalar-head model's weights, or from a language model's with a fresh head from `seed`.
+    It gives the head's plain numbers.
+
+    Args:
+        pad_token_id: for the exported config; see `scoring_pad_token_id`.
 
     Raises:
         ValueError: there is no such model, or it cannot have a linear head with one output.
@@ -96,3 +95,16 @@ def load_scalar_head(
         raise ValueError(f"{model_name_or_path}: the checkpoint lacks {', '.join(extra[:3])}.")
     model.config.pad_token_id = pad_token_id
     return ScalarHeadModel(model)
+
+
+def scoring_pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """What goes into an exported scalar-head model's config: transformers finds a row's last real token by it. None
+    where the tokenizer pads with its end-of-sequence token: transformers would score the token before.
+    """
+    return tokenizer.pad_token_id if tokenizer.pad_token_id != tokenizer.eos_token_id else None
+
+
+def _normalising(scalar: ScalarHeadModel) -> ScalarHeadModel:
+    kept = scalar.model.config.to_dict()
+    scalar.score_mean, scalar.score_std = kept.get("score_mean", 0.0), kept.get("score_std", 1.0)
+    return scalar

@@ -66,14 +66,11 @@ def measure(
 
 
 def reward_model_scores(sequences: Sequences, reward: Engine, *, token_budget: int) -> Tensor:
-    """(B,) fp32 on the CPU: the reward model's number at the last real token of each row, with the model's own mean and
-    standard deviation taken out if it carries any. A collective.
-    """
+    """(B,) fp32 on the CPU: the reward model's number at the last real token of each row. A collective."""
     reward.eval()
-    scores = one_number_per_row(
+    return one_number_per_row(
         lambda batch: reward(batch.input_ids, batch.last_positions), sequences, token_budget=token_budget
     )
-    return reward.module.normalised(scores)
 
 
 def sequences_of_all_ranks(mine: Sequences) -> Sequences:

@@ -165,6 +165,7 @@ def logprobs_of_all(model: Engine, examples: Examples, *, token_budget: int, chu
         lambda batch: response_logprobs(model, batch, chunk_tokens=chunk_tokens),
         examples.sequences,
         token_budget=token_budget,
+        rows_together=examples.rows_per_example,  # in the micro-batches of training: the same kernels, the same numbers
         packed=packed,
     )
 

@@ -73,8 +73,8 @@ MEANS_OF_STEPS = (
 
 def step_metrics(steps: list[dict[str, float]]) -> dict[str, float]:
     """An iteration's optimizer steps: means over tokens; `policy/ratio_max` is the largest ratio of all steps and
-    `policy/first_log_ratio_max` the largest |log ratio| of the first, which is 0 but for rounding. NaN when every step
-    was skipped.
+    `policy/first_log_ratio_max` the largest |log ratio| of the first, which is 0 but for rounding; learning rates are
+    those of the last. NaN when every step was skipped.
     """
     tokens = sum(step["tokens"] for step in steps)
     means = {
@@ -84,6 +84,7 @@ def step_metrics(steps: list[dict[str, float]]) -> dict[str, float]:
     return means | {
         "policy/ratio_max": max(step["policy/ratio_max"] for step in steps) if steps else math.nan,
         "policy/first_log_ratio_max": steps[0]["policy/log_ratio_max"] if steps else math.nan,
+        **{name: steps[-1][name] if steps else math.nan for name in ("lr/actor", "lr/critic")},
     }
 
 

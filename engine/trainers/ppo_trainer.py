@@ -213,11 +213,12 @@ class DeepSpeedPPOTrainer:
         step = StepStatistics(count, clip_range=self.config.clip_range, value_clip_range=self.config.value_clip_range)
         self._backward_actor(experience, step)
         self._backward_critic(experience, step)
+        rates = {"lr/actor": self.actor.get_lr()[0], "lr/critic": self.critic.get_lr()[0]}  # the step moves them on
         norms = step_together([self.actor, self.critic], healthy=step.losses_are_finite)
         if norms is None:
             return self._skip("a loss or a gradient that is not finite")
         self.progress.skipped_in_a_row = 0
-        metrics = step.over_ranks() | dict(zip(("grad_norm/actor", "grad_norm/critic"), norms, strict=True))
+        metrics = step.over_ranks() | rates | dict(zip(("grad_norm/actor", "grad_norm/critic"), norms, strict=True))
         self.steps.append(metrics)
         return metrics["loss/policy"], metrics["loss/value"]
 
@@ -227,8 +228,6 @@ class DeepSpeedPPOTrainer:
         return {
             **experience_metrics(experience, eos_token_ids=self.eos_token_ids),
             **step_metrics(self.steps),
-            "lr/actor": self.actor.get_lr()[0],
-            "lr/critic": self.critic.get_lr()[0],
             "skipped/steps": self.progress.skipped_steps,
             **{f"time/{phase}_s": seconds for phase, seconds in self.seconds.items()},
             "speed/response_tokens_per_s": response_tokens / sum(self.seconds.values()),

@@ -1,6 +1,5 @@
 """Log-probabilities under DPO's ref: asked for every minibatch, or once and kept."""
 
-import gc
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,9 +12,9 @@ from engine.config import DPOConfig
 from engine.data import Examples
 from engine.data.cache import found_tensors, keep_tensors
 from engine.distributed import comm
-from engine.distributed.initialize import Engine, frozen_engine
+from engine.distributed.initialize import Engine, free, frozen_engine
 from engine.models.language_model import check_packing, load_language_model
-from engine.models.loading import fingerprint, load_tokenizer
+from engine.models.loading import fingerprint, load_tokenizer, read_alike
 from engine.supervised_engine import check_sizes
 from engine.trainers.objectives import logprobs_of_all
 
@@ -54,30 +53,27 @@ def with_ref_logprobs(parts: list[Examples], config: DPOConfig, *, dtype: str) -
     Raises:
         ValueError: as `ref_engine`.
     """
-    _common_tokenizer(config)
-    ref_files = fingerprint(config.ref_name)
-    keys = [["ref log-probabilities", part.digest, ref_files, dtype] for part in parts]
-    found = [found_tensors(key) for key in keys]
+    with comm.same_error_everywhere():
+        _common_tokenizer(config)
+        ref_files = fingerprint(config.ref_name)
+        keys = [["ref log-probabilities", part.digest, ref_files, dtype] for part in parts]
+        found = [found_tensors(key) for key in keys]
     if not comm.all_true(None not in found):
         ref = ref_engine(config, dtype=dtype)
-        ask = online(ref, config)
-        found = [{"logprobs": ask(part)} for part in parts]
-        for key, tensors in zip(keys, found, strict=True):
-            keep_tensors(key, tensors)
-        ref.destroy()
-        del ref, ask
-        gc.collect()
-        if comm.device().type == "cuda":
-            torch.cuda.empty_cache()
+        found = [{"logprobs": online(ref, config)(part)} for part in parts]
+        free(ref)
+        with comm.same_error_everywhere():
+            for key, tensors in zip(keys, found, strict=True) if comm.is_first_on_node() else ():
+                keep_tensors(key, tensors)
     return [replace(part, ref_logprobs=tensors["logprobs"]) for part, tensors in zip(parts, found, strict=True)]
 
 
 def _common_tokenizer(config: DPOConfig) -> PreTrainedTokenizerBase:
     """The model's, which the ref's has to equal: both read the same token ids."""
     tokenizer = load_tokenizer(config.model.model_name_or_path)
-    if load_tokenizer(config.ref_name).get_vocab() != tokenizer.get_vocab():
+    if not read_alike(load_tokenizer(config.ref_name), tokenizer):
         raise ValueError(
-            f"The ref's vocabulary ({config.ref_name}) is not the model's ({config.model.model_name_or_path}). Name a "
+            f"The ref's tokenizer ({config.ref_name}) is not the model's ({config.model.model_name_or_path}). Name a "
             f"ref with the model's tokenizer: --ref.model_name_or_path."
         )
     return tokenizer

@@ -42,6 +42,7 @@ class SupervisedTrainer:
         """
         batches = endlessly(minibatches)
         if held_out is not None:
+            held_out = self.objective.prepared(held_out)
             tracker.log(0, self.evaluate(held_out), [])
         while self.iteration < num_iterations:
             metrics = self.step(next(batches))
@@ -80,13 +81,14 @@ class SupervisedTrainer:
             healthy &= bool(loss.isfinite())
             accumulate(self.model, loss, last=last)
         numbers = comm.sum_over_ranks(numbers).cpu()
+        learning_rate = self.model.get_lr()[0]
         norms = step_together([self.model], healthy=healthy)
         self._count_skips(norms is None)
         seconds = perf_counter() - started
         return {
             **{f"train/{name}": value for name, value in self.objective.metrics(numbers, examples).items()},
             "grad_norm": norms[0] if norms is not None else float("nan"),
-            "lr": self.model.get_lr()[0],
+            "lr": learning_rate,
             "skipped/steps": self.skipped_steps,
             "time/step_s": seconds,
             "speed/tokens_per_s": int(examples.sequences.lengths.sum()) / seconds,
@@ -106,6 +108,7 @@ class SupervisedTrainer:
             lambda batch: self.objective.number(self.model, batch),
             examples.sequences,
             token_budget=self.config.micro_batch_tokens * examples.rows_per_example,
+            rows_together=examples.rows_per_example,
             packed=self.config.packing,
         )
 

@@ -1,5 +1,6 @@
 """Engines are built straight into shards, frozen ones own no optimizer, and rotary frequencies stay exact."""
 
+import gc
 import math
 import weakref
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from engine.distributed import initialize
 from engine.distributed.gather import is_sharded
+from engine.distributed.initialize import free
 from engine.distributed.optimization import step_together
 
 KINDS = (0, 1, 2, "strict")
@@ -230,3 +232,31 @@ def one_step_without_vectors():
 def test_a_model_without_vectors_trains(run_ranks):
     first, second = run_ranks(one_step_without_vectors)
     assert first == second and math.isfinite(first)
+
+
+def living_elements():
+    """Of all tensors, and of the shards behind ZeRO-3's parameters."""
+    gc.collect()
+    seen = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    shards = [thing.ds_tensor for thing in seen if hasattr(thing, "ds_tensor")]
+    return sum({tensor.data_ptr(): tensor.numel() for tensor in (*seen, *shards)}.values())
+
+
+def built_and_freed(name, ds_config):
+    """Elements alive before, with a frozen engine, and after it was freed."""
+    free(engines.frozen(name, ds_config))  # what DeepSpeed makes once and keeps
+    before = living_elements()
+    engine = engines.frozen(name, ds_config)
+    engine(
+        torch.zeros(1, 4, dtype=torch.int64), torch.arange(3), torch.zeros(3, dtype=torch.int64), **engines.TEMPERATURE
+    )
+    during = living_elements()
+    free(engine)
+    return before, during, living_elements()
+
+
+@pytest.mark.parametrize("kind", [0, "strict"])
+def test_a_freed_engine_leaves_nothing_behind(run_ranks, strict_z3, kind):
+    for before, during, after in run_ranks(built_and_freed, tiny.LLAMA, engines.ds_file(kind, strict_z3)):
+        assert during - before > 10_000, "half of the model's weights at least, whole or sharded"
+        assert after - before < 1000

@@ -9,47 +9,22 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from runs import Log, digest, weights
 
-from engine.config import RewardModelConfig, SFTConfig, SupervisedConfig, as_dict, run
-from engine.data import Examples, create_datasets, create_eval_dataset
+from engine.config import DPOConfig, RewardModelConfig, SFTConfig, SupervisedConfig, as_dict, run
+from engine.data import Examples, create_datasets
 from engine.distributed import comm
-from engine.models.language_model import load_language_model
-from engine.models.loading import load_tokenizer
-from engine.models.scalar_head import load_scalar_head
-from engine.supervised_engine import supervised_engine
-from engine.trainers.objectives import BradleyTerry, DirectPreference, NextToken
-from engine.trainers.ref_logprobs import online, ref_engine
+from engine.trainers.objectives import BradleyTerry, NextToken
+from engine.trainers.supervised_stages import dpo_stage, reward_model_stage, sft_stage
 from engine.trainers.supervised_trainer import SupervisedTrainer
 
 
 def build(config: SupervisedConfig) -> tuple[SupervisedTrainer, Any, Examples | None, Any]:
-    """A trainer, its minibatches, what is held out, and DPO's ref (None elsewhere)."""
-    role = "reward" if isinstance(config, RewardModelConfig) else "model"
-    name, phase, ref = getattr(config, role).model_name_or_path, 1 if isinstance(config, SFTConfig) else 2, None
-    tokenizer = load_tokenizer(name)
-    minibatches, num_iterations = create_datasets(config, tokenizer, train_phase=phase)
-    held_out = create_eval_dataset(config, tokenizer, train_phase=phase)
-    if role == "reward":
-        load = partial(load_scalar_head, pad_token_id=tokenizer.pad_token_id, seed=config.seed)
-        objective = BradleyTerry()
-    elif phase == 1:
-        load, objective = load_language_model, NextToken(chunk_tokens=config.logits_chunk_tokens)
-    else:
-        load, ref = load_language_model, ref_engine(config, dtype=config.dtype)
-        objective = DirectPreference(
-            online(ref, config),
-            loss=config.loss,
-            beta=config.beta,
-            label_smoothing=config.label_smoothing,
-            chunk_tokens=config.logits_chunk_tokens,
-        )
-    build_model = partial(load, name, dtype=getattr(torch, config.dtype))
-    sizes = dict(total_steps=num_iterations, tokenizer=tokenizer)
-    model = supervised_engine(build_model, config, role=role, dtype=config.dtype, **sizes)
-    return SupervisedTrainer(model, objective, config), minibatches, held_out, ref
+    """A trainer, its minibatches, what is held out, and DPO's ref if there is one in memory."""
+    stage = {SFTConfig: sft_stage, RewardModelConfig: reward_model_stage, DPOConfig: dpo_stage}[type(config)](config)
+    ask = getattr(stage.trainer.objective, "ref_logprobs", None)
+    return stage.trainer, stage.minibatches, stage.held_out, ask and ask.args[0]
 
 
 def train(config: SupervisedConfig) -> dict[str, Any]:

@@ -189,11 +189,12 @@ def test_ranks_with_the_same_prompt_draw_different_responses(run_ranks, ppo_conf
 
 
 def test_the_schedule_ends_with_the_run(run_ranks, ppo_config):
-    """Two iterations of four steps: the rate is half-way down after the first and zero after the last."""
+    """Two iterations of four steps, two to the peak and six down to zero, which would be the ninth step's: shown are
+    the fourth's and the eighth's."""
     config = ppo_config(num_iterations=2, actor__lr_scheduler="linear", actor__warmup_steps=2)
     assert config.steps_per_iteration == 4
     for result in run_ranks(train, config):
-        assert [line["lr/actor"] for line in result["metrics"]] == pytest.approx([1e-3 * 4 / 6, 0.0])
+        assert [line["lr/actor"] for line in result["metrics"]] == pytest.approx([1e-3 * 5 / 6, 1e-3 * 1 / 6])
 
 
 def rolled_out(config):

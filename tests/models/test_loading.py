@@ -9,10 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import GPT2, LLAMA, MODELS, OPT, QWEN2, score_head
+from tokenizers import processors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from engine.models import random_init
-from engine.models.loading import exported_config, load_pretrained, load_tokenizer, restore_rope, vocabulary_size
+from engine.models.loading import (
+    exported_config,
+    load_pretrained,
+    load_tokenizer,
+    read_alike,
+    restore_rope,
+    vocabulary_size,
+)
 from engine.models.random_init import byte_tokenizer, local_name
 
 
@@ -238,3 +246,26 @@ def test_a_random_model_embeds_every_token_of_its_tokenizer(family):
     """transformers gives Qwen2 a tokenizer class of its own, which knows one token more."""
     tokenizer = load_tokenizer(MODELS[family])
     assert load(MODELS[family]).config.vocab_size == vocabulary_size(tokenizer)
+
+
+# Tokenizers that read alike
+
+
+def test_tokenizers_that_read_alike():
+    ours, same = load_tokenizer(LLAMA), load_tokenizer(LLAMA)
+    same.chat_template, same.pad_token = "{{ messages }}", same.eos_token
+    assert read_alike(ours, same), "neither template nor padding changes what a text is read as"
+
+
+@pytest.mark.parametrize("difference", ["vocabulary", "end", "beginning"])
+def test_tokenizers_that_do_not_read_alike(difference):
+    ours, other = load_tokenizer(LLAMA), load_tokenizer(LLAMA)
+    if difference == "vocabulary":
+        other.add_tokens(["<new>"])
+    elif difference == "end":
+        other.eos_token = other.pad_token
+    else:
+        other.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<eos> $A", special_tokens=[(other.eos_token, other.eos_token_id)]
+        )
+    assert not read_alike(ours, other)

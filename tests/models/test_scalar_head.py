@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from engine.models.loading import exported_config
 from engine.models.random_init import local_name
-from engine.models.scalar_head import load_critic, load_reward_model, load_scalar_head
+from engine.models.scalar_head import load_critic, load_reward_model, load_scalar_head, scoring_pad_token_id
 
 PAD, EOS = 0, 1
 LENGTHS = [3, 14, 1, 8]
@@ -114,21 +114,44 @@ def test_mean_and_deviation_are_kept_with_the_reward_model(with_normalisation):
     assert (again.score_mean, again.score_std) == (2.5, 4.0)
     config = AutoConfig.from_pretrained(with_normalisation)
     assert (config.score_mean, config.score_std) == (2.5, 4.0), "for those who load it plainly"
-    assert again.normalised(torch.tensor([2.5, 10.5, -1.5])).tolist() == [0.0, 2.0, -1.0]
-    # The plain scores are as before, ours and transformers' own.
+    # Ours takes them out; the plain scores, transformers' own, are as before.
     ids = torch.tensor([rows()[1]])
     last = torch.tensor([ids.shape[1] - 1])
-    before = load_reward_model(score_head(LLAMA), dtype=torch.float32, pad_token_id=PAD).eval()
-    assert torch.equal(again(ids, last), before(ids, last))
-    torch.testing.assert_close(plain(with_normalisation)(input_ids=ids).logits[0], before(ids, last), atol=1e-5, rtol=0)
+    before = load_reward_model(score_head(LLAMA), dtype=torch.float32, pad_token_id=PAD).eval()(ids, last)
+    torch.testing.assert_close(again(ids, last), (before - 2.5) / 4.0, atol=1e-6, rtol=0)
+    torch.testing.assert_close(plain(with_normalisation)(input_ids=ids).logits[0], before, atol=1e-5, rtol=0)
 
 
-def test_a_critic_does_not_inherit_them(with_normalisation):
-    critic = load_critic(with_normalisation, dtype=torch.float32, pad_token_id=PAD, seed=0)
-    assert (critic.score_mean, critic.score_std) == (0.0, 1.0)
-    exported = exported_config(critic.model).to_dict()
-    assert "score_mean" not in exported and "score_std" not in exported
-    assert critic.normalised(torch.tensor([3.0])).item() == 3.0
+@torch.no_grad()
+def test_a_critic_starts_in_the_units_of_the_rewards_and_keeps_them(with_normalisation):
+    critic = load_critic(with_normalisation, dtype=torch.float32, pad_token_id=PAD, seed=0).eval()
+    reward = load_reward_model(with_normalisation, dtype=torch.float32, pad_token_id=PAD).eval()
+    ids = torch.tensor([rows()[1]])
+    everywhere = torch.arange(ids.shape[1])
+    assert torch.equal(critic(ids, everywhere), reward(ids, everywhere))
+    exported = exported_config(critic.model)
+    assert (exported.score_mean, exported.score_std) == (2.5, 4.0), "a run that goes on from it reads the same values"
+
+
+def test_a_reward_model_that_is_trained_on_gives_plain_scores(with_normalisation):
+    scalar = load_scalar_head(with_normalisation, dtype=torch.float32, pad_token_id=PAD, seed=0)
+    assert (scalar.score_mean, scalar.score_std) == (0.0, 1.0)
+
+
+@torch.no_grad()
+def test_the_heads_product_is_taken_in_fp32():
+    """In bf16 all scores would be bf16 numbers, 1/16 apart at 8."""
+    scalar = load_reward_model(score_head(LLAMA), dtype=torch.bfloat16, pad_token_id=PAD).eval()
+    scores = scalar(torch.arange(1, 33)[None], torch.arange(32))
+    assert scores.dtype == torch.float32 and (scores != scores.bfloat16()).any()
+
+
+def test_an_end_of_sequence_token_that_pads_is_not_exported_as_the_pad_token():
+    """transformers takes the last token that is not the pad for the last real one: it would score the token before."""
+    tokenizer = AutoTokenizer.from_pretrained(local_name(LLAMA))
+    assert scoring_pad_token_id(tokenizer) == tokenizer.pad_token_id is not None
+    tokenizer.pad_token = tokenizer.eos_token
+    assert scoring_pad_token_id(tokenizer) is None
 
 
 @pytest.mark.parametrize("pad", [None, 7])

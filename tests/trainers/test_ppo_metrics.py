@@ -80,6 +80,9 @@ def test_steps_are_weighted_by_their_tokens_and_extremes_are_not_averaged():
     names = ("tokens", "loss/policy", "policy/clip_fraction", "grad_norm/actor", "policy/log_ratio_max")
     others = dict.fromkeys(("loss/value", "policy/approx_kl", "value/clip_fraction", "grad_norm/critic"), 7.0)
     steps = [others | dict(zip((*names, "policy/ratio_max"), row, strict=True)) for row in rows]
+    steps = [
+        step | {"lr/actor": rate, "lr/critic": 2 * rate} for step, rate in zip(steps, (3.0, 2.0, 1.0), strict=True)
+    ]
     assert step_metrics(steps) == pytest.approx(
         others
         | {
@@ -88,6 +91,8 @@ def test_steps_are_weighted_by_their_tokens_and_extremes_are_not_averaged():
             "grad_norm/actor": (20 + 120 + 60) / 100,
             "policy/ratio_max": 2.0,
             "policy/first_log_ratio_max": 3.0,
+            "lr/actor": 1.0,
+            "lr/critic": 2.0,
         }
     )
 
