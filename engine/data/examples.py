@@ -1,5 +1,6 @@
 """What SFT, reward model and DPO learn from: demonstrations (one response) and preferences (two)."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -239,6 +240,11 @@ def _within_limits(examples: Examples, places: list[str], source: Source, args, 
 
 
 def _number(cell) -> float:
-    if isinstance(cell, bool) or not isinstance(cell, int | float) or not torch.tensor(float(cell)).isfinite():
+    """A number, or text that is one: a CSV file holds nothing but text."""
+    try:
+        number = math.nan if isinstance(cell, bool) else float(cell)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not torch.tensor(number, dtype=torch.float32).isfinite():
         raise ValueError(f"a margin is a number, this is {str(cell)[:80]!r}.")
-    return float(cell)
+    return number

@@ -1,11 +1,17 @@
 """Files, folders and hub names -> rows that know where they came from: a bad one is an error with file and line.
 
 source = load_source("train.jsonl")          # also .json, .csv, .parquet, a folder of these, or a hub name
+
+Cells are what the file says: those of a CSV file are text, and nothing is taken for a number, a date or a null.
 """
 
+import csv
+import io
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +20,9 @@ from datasets import load_dataset
 
 PROMPT_COLUMNS = ("prompt", "question", "query", "instruction", "messages")
 RESPONSE_COLUMNS = ("response", "answer", "completion", "output")
-FILE_TYPES = {".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 Row = dict[str, Any]
+Rows = tuple[list[Row], list[str]]  # and for each row its place
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,11 @@ class Source:
     rows: list[Row]
     places: list[str]
 
+    @cached_property
+    def columns(self) -> list[str]:
+        """Those of any row."""
+        return list(dict.fromkeys(name for row in self.rows for name in row))
+
     def column(self, wanted: str | None, usual: tuple[str, ...], flag: str) -> str:
         """The wanted column, or the first of the usual names that is there.
 
@@ -36,18 +47,18 @@ class Source:
         name = self.column_if_any(wanted, usual, flag)
         if name is None:
             raise ValueError(
-                f"{self.name} has no column {' / '.join(usual)}; its columns are {', '.join(self.rows[0])}. "
+                f"{self.name} has no column {' / '.join(usual)}; its columns are {', '.join(self.columns)}. "
                 f"Name one with {flag}."
             )
         return name
 
     def column_if_any(self, wanted: str | None, usual: tuple[str, ...], flag: str) -> str | None:
         """As `column`, but None when no name was wanted and none of the usual ones is there."""
-        if wanted is not None and wanted not in self.rows[0]:
+        if wanted is not None and wanted not in self.columns:
             raise ValueError(
-                f"{self.name} has no column {wanted}; its columns are {', '.join(self.rows[0])}. Name one with {flag}."
+                f"{self.name} has no column {wanted}; its columns are {', '.join(self.columns)}. Name one with {flag}."
             )
-        return wanted or next((name for name in usual if name in self.rows[0]), None)
+        return wanted or next((name for name in usual if name in self.columns), None)
 
 
 def load_source(
@@ -63,20 +74,20 @@ def load_source(
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.is_file() and file.suffix in FILE_TYPES)
+        files = sorted(file for file in path.iterdir() if file.is_file() and file.suffix in READERS)
         if not files:
-            raise ValueError(f"{name} is a folder without a {', '.join(FILE_TYPES)} file.")
-    elif path.suffix in FILE_TYPES:
+            raise ValueError(f"{name} is a folder without a {', '.join(READERS)} file.")
+    elif path.suffix in READERS:
         if not path.is_file():
             raise ValueError(f"{path}: there is no such file.")
         files = [path]
     elif path.is_file():
-        raise ValueError(f"{path} is none of the file types that are read: {', '.join(FILE_TYPES)}.")
+        raise ValueError(f"{path} is none of the file types that are read: {', '.join(READERS)}.")
     else:
         files = []
     rows, places = [], []
     for file in files:
-        more = _jsonl(file) if file.suffix == ".jsonl" else _numbered(str(file), _file(file))
+        more = READERS[file.suffix](file)
         if not more[0]:
             raise ValueError(f"{file} holds no rows.")
         rows, places = rows + more[0], places + more[1]
@@ -147,41 +158,91 @@ def at(place: str, function: Callable, *args) -> Any:
         raise ValueError(f"{place}: {error}") from error
 
 
-def _jsonl(path: Path) -> tuple[list[Row], list[str]]:
+def _jsonl(path: Path) -> Rows:
     rows, places = [], []
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
+            place = f"{path}, line {number}"
             try:
-                row = json.loads(line)
+                rows.append(_row(json.loads(line), place))
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"{path}, line {number}: not valid JSON in UTF-8 ({error}).") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: a row is a JSON object, this is a {type(row).__name__}.")
-            rows.append(row)
-            places.append(f"{path}, line {number}")
+                raise ValueError(f"{place}: not valid JSON in UTF-8 ({error}).") from error
+            places.append(place)
     return rows, places
 
 
-def _numbered(name: str, rows: list[Row]) -> tuple[list[Row], list[str]]:
-    return rows, [f"{name}, row {number}" for number in range(1, len(rows) + 1)]
-
-
-def _file(path: Path) -> list[Row]:
-    with open(path, "rb") as file:
-        start = file.read(4096).strip()
+def _json(path: Path) -> Rows:
+    text = _text(path)
+    start = text.lstrip()[:1]
+    if start == "{":  # one object per line goes by this name too
+        return _jsonl(path)
     if not start:
-        return []
-    if path.suffix == ".json" and start[:1] not in (b"[", b"{"):  # on `null`, datasets 5.2 ends the process
+        return [], []
+    if start != "[":
         raise ValueError(f"{path}: a JSON file of rows begins with [ or {{.")
-    return _library(FILE_TYPES[path.suffix], str(path), data_files=str(path), split="train")
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error}).") from error
+    rows, places = _numbered(str(path), values)
+    return [_row(value, place) for value, place in zip(rows, places, strict=True)], places
+
+
+def _csv(path: Path) -> Rows:
+    csv.field_size_limit(sys.maxsize)  # of its own, the module stops at cells of 128 KiB
+    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    header, rows, places, line = None, [], [], 1
+    try:
+        for cells in reader:
+            place, line = f"{path}, line {line}", reader.line_num + 1  # a row of several lines is found at its first
+            if not cells:
+                continue
+            if header is None:
+                header = cells
+                if len(set(header)) < len(header):
+                    raise ValueError(f"{place}: two columns have one name: {', '.join(header)}.")
+            elif len(cells) != len(header):
+                raise ValueError(f"{place}: {len(cells)} cells, and {len(header)} columns ({', '.join(header)}).")
+            else:
+                rows.append(dict(zip(header, cells, strict=True)))
+                places.append(place)
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {line}: not valid CSV ({error}).") from error
+    return rows, places
+
+
+def _parquet(path: Path) -> Rows:
+    return _numbered(str(path), _library("parquet", str(path), data_files=str(path), split="train"))
+
+
+READERS: dict[str, Callable[[Path], Rows]] = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+
+
+def _text(path: Path) -> str:
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line}: not valid UTF-8 ({error}).") from error
+
+
+def _row(value: Any, place: str) -> Row:
+    if not isinstance(value, dict):
+        raise ValueError(f"{place}: a row is a JSON object, this is a {type(value).__name__}.")
+    return value
+
+
+def _numbered(name: str, rows: list[Row]) -> Rows:
+    return rows, [f"{name}, row {number}" for number in range(1, len(rows) + 1)]
 
 
 def _library(loader: str, shown: str, **options: Any) -> list[Row]:
     try:
         return load_dataset(loader, **options).to_list()
     except Exception as error:  # datasets raises many kinds; each means that the user's source did not load
-        if "corresponds to no data" in str(error):  # an empty list, a header and nothing else
+        if "corresponds to no data" in str(error):  # a table without rows
             return []
         raise ValueError(f"{shown} did not load: {type(error).__name__}: {error}") from error

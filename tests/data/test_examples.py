@@ -212,11 +212,21 @@ def test_margins_follow_their_pairs(written):
     assert examples.margins.tolist() == [0.5, -1, 0] and examples.margins.dtype == torch.float32
 
 
-@pytest.mark.parametrize("bad", ["1", None, True, float("nan"), [1]])
+@pytest.mark.parametrize(
+    "bad", ["one", "", "nan", "inf", None, True, float("nan"), [1], pytest.param(10**400, id="huge")]
+)
 def test_a_margin_that_is_no_number_is_named_with_its_place(written, bad):
     rows = [row | {"by": margin} for row, margin in zip(PREFERENCES, [1, bad], strict=False)]
     with pytest.raises(ValueError, match=r"train\.jsonl, line 2, column 'by': a margin is a number"):
         loaded(reward_model(written(rows), margin_column="by"))
+
+
+def test_a_csv_file_gives_margins_and_responses_of_digits(tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_text("prompt,chosen,rejected,by\n2+2=,4,007,0.5\na,None,NA,-1\n")
+    examples = loaded(reward_model(str(path), margin_column="by"))
+    assert [text for _, text in texts(examples)] == ["4<eos>", "007<eos>", "None<eos>", "NA<eos>"]
+    assert examples.margins.tolist() == [0.5, -1]
 
 
 @pytest.mark.parametrize("bad", [float("inf"), -float("inf"), 1e300])

@@ -19,6 +19,7 @@ from engine.data.sources import (
 )
 
 ROWS = [{"prompt": "one", "answer": 1}, {"prompt": "two, or so", "answer": 2}, {"prompt": "drei ä", "answer": 3}]
+AS_TEXT = [row | {"answer": str(row["answer"])} for row in ROWS]  # what a CSV file can say of them
 
 
 def write(path, kind) -> None:
@@ -37,17 +38,18 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, kind):
     path = tmp_path / f"prompts.{kind}"
     write(path, kind)
     source = load_source(str(path))
-    assert source.rows == ROWS
-    assert len(source.places) == 3
-    assert all(str(path) in place and str(number) in place for number, place in enumerate(source.places, start=1))
+    assert source.rows == (AS_TEXT if kind == "csv" else ROWS)
+    counted = dict(jsonl="line 1 2 3", csv="line 2 3 4").get(kind, "row 1 2 3").split()
+    assert source.places == [f"{path}, {counted[0]} {number}" for number in counted[1:]]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
 def test_max_samples_keeps_the_first_rows(tmp_path, kind):
     path = tmp_path / f"prompts.{kind}"
     write(path, kind)
-    assert load_source(str(path), max_samples=2).rows == ROWS[:2]
-    assert load_source(str(path), max_samples=9).rows == ROWS
+    rows = AS_TEXT if kind == "csv" else ROWS
+    assert load_source(str(path), max_samples=2).rows == rows[:2]
+    assert load_source(str(path), max_samples=9).rows == rows
 
 
 def test_lines_are_counted_as_an_editor_counts_them(tmp_path):
@@ -112,6 +114,66 @@ def test_a_hub_name_that_does_not_load_is_named():
         load_source("nobody/nothing-of-the-kind")
 
 
+# Cells are what the file says
+
+
+@pytest.mark.parametrize("cell", ["007", "1.50", "None", "NA", "nan", "", "2020-01-01", "true", " blank ", "1e5"])
+def test_a_cell_of_text_stays_the_text_it_is(tmp_path, cell):
+    row = {"prompt": "a", "answer": cell}
+    for name, text in (
+        ("rows.csv", f"prompt,answer\na,{cell}\n"),
+        ("rows.json", json.dumps([row])),
+        ("rows.jsonl", json.dumps(row)),
+    ):
+        (tmp_path / name).write_text(text)
+        assert load_source(str(tmp_path / name)).rows == [row]
+
+
+def test_json_keeps_numbers_nulls_and_rows_of_different_columns(tmp_path):
+    rows = [{"prompt": "a", "n": 1}, {"prompt": "b", "n": 0.5, "by": None}, {"prompt": ["c", 1]}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert load_source(str(tmp_path / "rows.json")).rows == rows
+
+
+def test_json_with_one_object_per_line_is_read_line_by_line(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text('{"prompt": "a"}\n\n{"prompt": "b"}\n')
+    assert load_source(str(path)).places == [f"{path}, line 1", f"{path}, line 3"]
+
+
+def test_rows_of_a_csv_file_are_found_at_their_first_line(tmp_path):
+    path = tmp_path / "long.csv"
+    path.write_bytes('\ufeffprompt,answer\r\n"one\r\n\r\ntwo",1\r\n\r\n"a ""b""",2\r\nc,3'.encode())
+    source = load_source(str(path))
+    assert [row["prompt"] for row in source.rows] == ["one\r\n\r\ntwo", 'a "b"', "c"]
+    assert [row["answer"] for row in source.rows] == ["1", "2", "3"]
+    assert source.places == [f"{path}, line {number}" for number in (2, 6, 7)]
+
+
+def test_a_long_cell_of_a_csv_file_is_read_whole(tmp_path):
+    (tmp_path / "long.csv").write_text("prompt\n" + "x" * 200_000 + "\n")
+    assert len(load_source(str(tmp_path / "long.csv")).rows[0]["prompt"]) == 200_000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("r.csv", b'p,a\n"x\ny",1\nb\n', r"line 4: 1 cells, and 2 columns \(p, a\)"),
+        ("r.csv", b"p,a\nx,1,2\n", r"line 2: 3 cells, and 2 columns"),
+        ("r.csv", b"p,a,p\nx,1,2\n", r"line 1: two columns have one name: p, a, p"),
+        ("r.csv", b'p,a\nx,1\n"y,2\nz,3\n', r"line 3: not valid CSV"),
+        ("r.csv", b"p,a\nx,1\ncaf\xe9,2\n", r"line 3: not valid UTF-8"),
+        ("r.json", b'[{"p": "a"},\n {"p": "b"\n]', r"line 3: not valid JSON"),
+        ("r.json", b'[{"p": "a"},\n {"p": "caf\xe9"}]', r"line 2: not valid UTF-8"),
+        ("r.json", b'[{"p": "a"}, "b"]', r"row 2: a row is a JSON object, this is a str"),
+    ],
+)
+def test_a_broken_table_is_named_with_file_and_number(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name}, " + said):
+        load_source(str(tmp_path / name))
+
+
 # Columns
 
 
@@ -138,6 +200,15 @@ def test_a_missing_column_lists_the_columns_there_are(tmp_path, wanted):
     with pytest.raises(ValueError, match=r"story, answer.*--data\.prompt_column") as error:
         source.column(wanted, PROMPT_COLUMNS, "--data.prompt_column")
     assert (wanted or "question") in str(error.value)
+
+
+def test_the_columns_are_those_of_every_row(tmp_path):
+    path = tmp_path / "ragged.jsonl"
+    path.write_text('{"id": 1}\n{"id": 2, "story": "a"}\n')
+    source = load_source(str(path))
+    assert source.column("story", PROMPT_COLUMNS, "--data.prompt_column") == "story"
+    with pytest.raises(ValueError, match=r"its columns are id, story"):
+        source.column(None, PROMPT_COLUMNS, "--data.prompt_column")
 
 
 def test_a_file_of_another_type_is_named_with_the_types_there_are(tmp_path):
@@ -179,10 +250,10 @@ def test_a_folder_is_its_files_in_the_order_of_their_names(tmp_path):
         write(folder / name, name[2:])
     (folder / "README.md").write_text("not data")
     source = load_source(str(folder))
-    assert source.rows == ROWS * 4
+    assert source.rows == ROWS * 2 + AS_TEXT + ROWS
     files = [folder / name for name in ("a.parquet", "b.json", "c.csv", "d.jsonl") for _ in ROWS]
     assert all(str(file) in place for file, place in zip(files, source.places, strict=True))
-    assert [place.rpartition(" ")[2] for place in source.places] == ["1", "2", "3"] * 4
+    assert [int(place.rpartition(" ")[2]) for place in source.places] == [1, 2, 3] * 2 + [2, 3, 4] + [1, 2, 3]
 
 
 def test_a_folders_samples_are_counted_over_all_files(tmp_path):
@@ -313,7 +384,6 @@ def test_a_split_with_nothing_on_one_side_is_refused(num_rows, fraction):
 
 @pytest.mark.parametrize("text", ["null", "3", '"a"'])
 def test_a_json_file_that_is_no_table_is_refused(tmp_path, text):
-    """datasets 5.2 ends the whole process on the first of these."""
     (tmp_path / "rows.json").write_text(text)
     with pytest.raises(ValueError, match=r"rows\.json: a JSON file of rows begins with"):
         load_source(str(tmp_path / "rows.json"))
