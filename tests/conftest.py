@@ -22,8 +22,18 @@ import tiny  # noqa: E402
 os.environ.update({name: value for name, value in ranks.OFFLINE.items() if name != "PYTHONPATH"})
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_data_cache(tmp_path_factory):
+    """Token ids of this session alone, for the ranks it starts too: none are left of other code, none are left behind.
+    DeepSpeed's operator and the random:// models take long to make and are shared with every other session.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RLHF_ENGINE_DATA_CACHE", str(tmp_path_factory.mktemp("data_cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
-def _pools():
+def _pools(_own_data_cache):
     pools = ranks.Pools()
     yield pools
     pools.close()

@@ -6,5 +6,5 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _caches(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("RLHF_ENGINE_DATA_CACHE", str(tmp_path / "data_cache"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")

@@ -1,5 +1,6 @@
 """cache.py: made once however many ask, complete or not at all, and never mistaken for something else."""
 
+import importlib.util
 import multiprocessing
 import os
 import time
@@ -23,7 +24,7 @@ def never():
 
 
 def files() -> list[Path]:
-    return sorted((Path(os.environ["XDG_CACHE_HOME"]) / "rlhf_engine" / "data").glob("*.safetensors"))
+    return sorted(Path(os.environ["RLHF_ENGINE_DATA_CACHE"]).glob("*.safetensors"))
 
 
 # What is kept
@@ -52,17 +53,94 @@ def test_what_is_kept_again_takes_the_place_of_what_was():
     assert kept_tensors("key", never)["tokens"].tolist() == [4]
 
 
-def test_a_new_version_of_the_tokenising_code_finds_nothing_old(monkeypatch):
+def module_in(folder: Path, **edits: str):
+    """The cache's code in a folder of its own, beside the code that tokenises with a line more in some file."""
+    folder.mkdir()
+    for name in ("cache", "formatting", "exchanges", "sequences"):
+        source = Path(cache.__file__).with_name(f"{name}.py")
+        (folder / source.name).write_text(source.read_text() + edits.get(name, ""))
+    spec = importlib.util.spec_from_file_location(f"cache_in_{folder.name}", folder / "cache.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_other_code_that_tokenises_finds_nothing_old(tmp_path, monkeypatch):
     keep_tensors("key", THREE)
-    monkeypatch.setattr(cache, "VERSION", cache.VERSION + 1)
-    assert found_tensors("key") is None
+    assert module_in(tmp_path / "same").found_tensors("key") is not None
+    assert module_in(tmp_path / "sequences", sequences="# more").found_tensors("key") is not None
+    assert module_in(tmp_path / "formatting", formatting="# more").found_tensors("key") is None
+    assert module_in(tmp_path / "exchanges", exchanges="# more").found_tensors("key") is None
+    for library in ("transformers", "tokenizers"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"{library}.__version__", "0.0.1")
+            assert module_in(tmp_path / library).found_tensors("key") is None
 
 
 def test_the_cache_lies_where_the_user_says(tmp_path, monkeypatch):
     keep_tensors("key", THREE)
     assert len(files()) == 1 and files()[0].is_relative_to(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    monkeypatch.setenv("RLHF_ENGINE_DATA_CACHE", str(tmp_path / "other"))
     assert found_tensors("key") is None
+    monkeypatch.delenv("RLHF_ENGINE_DATA_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    keep_tensors("key", THREE)
+    assert len(list((tmp_path / "xdg" / "rlhf_engine" / "data").glob("*.safetensors"))) == 1
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    keep_tensors("key", THREE)
+    assert len(list((tmp_path / "home" / ".cache" / "rlhf_engine" / "data").glob("*.safetensors"))) == 1
+
+
+# Where nothing can be kept
+
+
+def test_a_run_goes_on_without_a_cache_and_says_so_once(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("RLHF_ENGINE_DATA_CACHE", str(tmp_path / "file" / "data"))
+    for key in ("one", "two"):
+        assert kept_tensors(key, lambda: THREE)["tokens"].tolist() == [1, 2, 3]
+        keep_tensors(key, THREE)
+        assert found_tensors(key) is None
+    (said,) = capsys.readouterr().out.splitlines()
+    assert str(tmp_path / "file" / "data") in said and "RLHF_ENGINE_DATA_CACHE" in said
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RLHF_ENGINE_DATA_CACHE", str(tmp_path / "file" / "other"))
+    assert kept_tensors("one", lambda: THREE)["tokens"].tolist() == [1, 2, 3]
+    assert capsys.readouterr().out == ""
+
+
+def test_what_cannot_be_made_is_an_error_with_a_cache_or_without(tmp_path, monkeypatch):
+    def failing():
+        raise OSError("the source is gone")
+
+    for folder in (tmp_path / "data", tmp_path / "file" / "data"):
+        (tmp_path / "file").write_text("no folder")
+        monkeypatch.setenv("RLHF_ENGINE_DATA_CACHE", str(folder))
+        with pytest.raises(OSError, match="the source is gone"):
+            kept_tensors("key", failing)
+
+
+def test_a_cache_that_can_only_be_read_is_read(monkeypatch, capsys):
+    def refused(*_):
+        raise OSError("Read-only file system")
+
+    keep_tensors("key", THREE)
+    monkeypatch.setattr(cache.fcntl, "flock", refused)
+    monkeypatch.setattr(cache, "save_file", refused)
+    assert kept_tensors("key", never)["tokens"].tolist() == [1, 2, 3]
+    assert kept_tensors("other", lambda: THREE)["tokens"].tolist() == [1, 2, 3]
+    assert "Read-only file system" in capsys.readouterr().out
+
+
+def test_a_damaged_file_is_made_anew(capsys):
+    keep_tensors("key", THREE)
+    (file,) = files()
+    file.write_bytes(b"")
+    assert found_tensors("key") is None
+    assert kept_tensors("key", lambda: THREE)["tokens"].tolist() == [1, 2, 3]
+    assert kept_tensors("key", never)["tokens"].tolist() == [1, 2, 3]
+    assert "cannot be used" in capsys.readouterr().out
 
 
 # Made by one of many
@@ -99,7 +177,7 @@ def test_after_a_failure_it_is_made_by_the_next_who_asks():
     assert kept_tensors("key", lambda: THREE)["tokens"].tolist() == [1, 2, 3]
 
 
-def test_a_half_written_file_is_never_read(monkeypatch):
+def test_a_half_written_file_is_never_read(monkeypatch, capsys):
     def half_of(tensors, file):
         whole(tensors, file)
         content = Path(file).read_bytes()
@@ -109,9 +187,10 @@ def test_a_half_written_file_is_never_read(monkeypatch):
     whole = cache.save_file
     monkeypatch.setattr(cache, "save_file", half_of)
     for write in (lambda: keep_tensors("key", THREE), lambda: kept_tensors("key", lambda: THREE)):
-        with pytest.raises(OSError, match="No space"):
-            write()
+        write()
         assert found_tensors("key") is None
+    assert not list(Path(os.environ["RLHF_ENGINE_DATA_CACHE"]).glob("*.partial*"))
+    assert "No space left on device" in capsys.readouterr().out
     monkeypatch.setattr(cache, "save_file", whole)
     assert kept_tensors("key", lambda: THREE)["tokens"].tolist() == [1, 2, 3]
 
@@ -171,7 +250,7 @@ def test_another_text_or_tokenizer_is_tokenised_anew(texts, tokenizer, monkeypat
 def test_a_tokenizer_has_the_same_digest_before_and_after_use():
     tokenizer = byte_tokenizer()
     before = digest_of_tokenizer(tokenizer)
-    tokenizer("some text")
+    tokenizer(["some text", "text"], padding=True)
     assert digest_of_tokenizer(tokenizer) == before == digest_of_tokenizer(byte_tokenizer())
 
 
