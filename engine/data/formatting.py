@@ -57,7 +57,7 @@ def as_prompt(cell: Any, prompt_format: Literal["text", "chat"]) -> Prompt:
     """A cell of a prompt column as a prompt: under `chat` a string is what the user says.
 
     Raises:
-        ValueError: it is neither text nor a conversation, or an empty string.
+        ValueError: it is neither text nor a conversation, it is an empty string, or it has been answered.
     """
     if isinstance(cell, str):
         if not cell:
@@ -67,7 +67,23 @@ def as_prompt(cell: Any, prompt_format: Literal["text", "chat"]) -> Prompt:
         raise ValueError(
             f'a prompt is a string or a list of {{"role", "content"}} messages, this is {str(cell)[:80]!r}.'
         )
+    if is_answered(cell):
+        raise ValueError("the prompt ends with the assistant's turn: there is nothing to answer.")
     return cell
+
+
+def unanswered(cell: Any) -> Any:
+    """A conversation without the assistant's turns at its end; anything else as it is.
+
+    Raises:
+        ValueError: nothing but the assistant's turns is there.
+    """
+    asked = cell
+    while is_answered(asked):
+        asked = asked[:-1]
+    if cell and not asked:
+        raise ValueError("the conversation has an answer and no prompt.")
+    return asked
 
 
 def exchange(prompt: Prompt | None, answer: Any) -> tuple[Prompt, str]:
@@ -75,11 +91,13 @@ def exchange(prompt: Prompt | None, answer: Any) -> tuple[Prompt, str]:
 
         exchange("2 + 2 =", " 4")                                    a prompt, and text
         exchange([user], [assistant])                                a prompt, and the turn that answers it
+        exchange([user], [assistant, user, assistant])               a prompt, and how the conversation goes on
+        exchange([user], [system, user, assistant])                  a conversation that holds the prompt
         exchange(None, [user, assistant])                            a whole conversation, split at its last turn
         exchange(None, "\\n\\nHuman: ...\\n\\nAssistant: ...")           a transcript, split at its last "Assistant:"
 
     Raises:
-        ValueError: the answer is none of these.
+        ValueError: the answer is none of these, or a conversation that does not go with the prompt.
     """
     if isinstance(answer, str):
         if prompt is not None:
@@ -90,17 +108,32 @@ def exchange(prompt: Prompt | None, answer: Any) -> tuple[Prompt, str]:
                 f"there is no prompt column, and {answer[:80]!r} is not a transcript with {ASSISTANT_TURN!r} in it."
             )
         return before + marker, response
-    if not is_conversation(answer) or answer[-1]["role"] != "assistant":
+    if not is_answered(answer):
         raise ValueError(
             f"a response is a string or a list of messages that ends with the assistant's, this is "
             f"{str(answer)[:80]!r}."
         )
     *before, last = answer
-    if before:
-        return before, last["content"]
-    if prompt is None:
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
+    turns = _one_conversation(asked, before)
+    if not turns:
         raise ValueError("the conversation has an answer and no prompt.")
-    return ([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt), last["content"]
+    return turns, last["content"]
+
+
+def _one_conversation(asked: Messages, before: Messages) -> Messages:
+    """A prompt's turns and those before a response, where the ones hold the others or are followed by them."""
+    ours, theirs = ([(turn["role"], turn["content"]) for turn in turns] for turns in (asked, before))
+    if not theirs or ours[-len(theirs) :] == theirs:
+        return asked
+    if not ours or theirs[: len(ours)] == ours or theirs[-len(ours) :] == ours:
+        return before
+    if before[0]["role"] == "assistant":
+        return asked + before
+    raise ValueError(
+        f"the conversation does not hold the prompt, and neither goes on from it: it has {str(before)[:80]!r}, the "
+        f"prompt is {str(asked)[:80]!r}. If the conversation is whole, name its own column with --data.prompt_column."
+    )
 
 
 def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -150,6 +183,11 @@ def is_conversation(value: Any) -> bool:
             for turn in value
         )
     )
+
+
+def is_answered(value: Any) -> bool:
+    """Whether this is a conversation that ends with the assistant's turn."""
+    return is_conversation(value) and value[-1]["role"] == "assistant"
 
 
 def _templated(messages: Messages, tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool) -> str:

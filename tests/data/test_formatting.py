@@ -3,7 +3,7 @@
 import pytest
 from words import BOS, EOS, A, B, assistant, merging_tokenizer, system, user, word_tokenizer
 
-from engine.data.formatting import as_prompt, encode, encode_exchange, exchange, render, render_response
+from engine.data.formatting import as_prompt, encode, encode_exchange, exchange, render, render_response, unanswered
 from engine.models.random_init import byte_tokenizer
 
 TEMPLATE = (
@@ -91,6 +91,28 @@ def test_a_cell_that_is_neither_text_nor_a_conversation_is_refused(cell, prompt_
         as_prompt(cell, prompt_format)
 
 
+@pytest.mark.parametrize("prompt_format", ["text", "chat"])
+def test_a_conversation_that_has_been_answered_is_no_prompt(prompt_format):
+    with pytest.raises(ValueError, match="ends with the assistant's turn"):
+        as_prompt([*CONVERSATION, assistant("yes")], prompt_format)
+
+
+@pytest.mark.parametrize("answers", [0, 1, 2])
+def test_answers_at_the_end_of_a_conversation_are_cut(answers):
+    asked = [user("a"), assistant("b"), user("c")]
+    assert unanswered(asked + [assistant("d")] * answers) == asked
+
+
+@pytest.mark.parametrize("cell", [*NOT_PROMPTS, "", "hi"])
+def test_what_is_no_conversation_has_no_answer_to_be_cut(cell):
+    assert unanswered(cell) is cell
+
+
+def test_a_conversation_of_answers_alone_is_no_prompt():
+    with pytest.raises(ValueError, match="an answer and no prompt"):
+        unanswered([assistant("yes"), assistant("no")])
+
+
 FIRST_TURN = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: and?\n\nAssistant:"
 
 
@@ -113,6 +135,29 @@ FIRST_TURN = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: and?\n\nAssistant:"
             [user("a"), assistant("b"), user("c"), assistant("d")],
             ([user("a"), assistant("b"), user("c")], "d"),
         ),
+        # as UltraChat has it: it repeats the first question
+        (
+            "a",
+            [user("a"), assistant("b"), user("c"), assistant("d")],
+            ([user("a"), assistant("b"), user("c")], "d"),
+        ),
+        # the conversation goes on from the prompt
+        (
+            [user("hi")],
+            [assistant("a"), user("b"), assistant("c")],
+            ([user("hi"), assistant("a"), user("b")], "c"),
+        ),
+        ("hi", [assistant("a"), user("b"), assistant("c")], ([user("hi"), assistant("a"), user("b")], "c")),
+        # a system turn on either side, and an assistant who begins
+        (CONVERSATION, [user("hi"), assistant("yes")], (CONVERSATION, "yes")),
+        ([user("hi")], [*CONVERSATION, assistant("yes")], (CONVERSATION, "yes")),
+        (CONVERSATION, [*CONVERSATION, assistant("yes")], (CONVERSATION, "yes")),
+        (
+            [assistant("hello"), user("a")],
+            [assistant("hello"), user("a"), assistant("b"), user("c"), assistant("d")],
+            ([assistant("hello"), user("a"), assistant("b"), user("c")], "d"),
+        ),
+        ([user("hi") | {"id": 7}], [*CONVERSATION, assistant("yes")], (CONVERSATION, "yes")),
         (None, "\n\nHuman: hi\n\nAssistant: yes", ("\n\nHuman: hi\n\nAssistant:", " yes")),
         (None, FIRST_TURN + " no", (FIRST_TURN, " no")),
         (None, FIRST_TURN + "", (FIRST_TURN, "")),
@@ -135,6 +180,9 @@ def test_a_prompt_and_a_response_out_of_an_answer(prompt, answer, expected):
         ("hi", None, "a response is a string or a list of messages.*'None'"),
         ("hi", 7, "a response is a string or a list of messages.*'7'"),
         ("hi", assistant("yes"), "a response is a string or a list of messages"),
+        ("hi", [user("ho"), assistant("yes")], r"does not hold the prompt.*'ho'.*'hi'.*--data\.prompt_column"),
+        (CONVERSATION, [user("hi"), assistant("a"), user("b"), assistant("c")], "does not hold the prompt"),
+        ([user("a"), assistant("b"), user("c")], [user("a"), assistant("yes")], "does not hold the prompt"),
     ],
 )
 def test_what_is_no_answer_is_refused(prompt, answer, said):
