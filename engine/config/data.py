@@ -15,12 +15,15 @@ class DataConfig:
         weights: one number per entry of `train`: their shares of the rows that are used, which are then as many as
             the scarcest source allows. Without weights every row is used.
         train_subset, train_split: which part of a hub dataset.
-        prompt_column: the column that holds the prompt; found among the usual names when not given.
+        prompt_column: the column that holds the prompt; found among the usual names when not given. An `instruction`
+            that is found is Alpaca's: a row's `input` follows it after a blank line.
         prompt_format: what to do with a prompt that is a string: `text` takes it as it is, `chat` as what the user
-            says, put through the chat template. A list of messages always goes through the chat template.
+            says, put through the chat template. A list of messages always goes through the chat template; of one that
+            ends with the assistant's turn, PPO cuts that turn off and prints the count.
         chat_template: a file with a Jinja template in place of the tokenizer's own; exported with the model.
         max_prompt_tokens: a longer prompt is treated as `over_length` says.
-        over_length: `drop` (the count is printed), `error`, `truncate_left` (keep the end), `truncate_right`.
+        over_length: `drop` (the count is printed), `error`, `truncate_left` (keep the end, and a BOS token before it),
+            `truncate_right` (not of conversations: the turn that asks for an answer is at their end).
         max_samples: only the first so many rows of each source.
     """
 
@@ -58,7 +61,8 @@ class SupervisedDataConfig(DataConfig):
     """Data with responses: what is trained on, and what is held out.
 
     Attributes:
-        eval: a file, a folder or a hub name; `eval_split` is that of a hub dataset.
+        eval: a file, a folder or a hub name; `eval_split` is that of a hub dataset. Prompts that are trained on too are
+            counted; if all rows are, it is an error.
         eval_fraction: without `eval`, this share of the prompts of `train` is held out, with all that answers them.
         max_length: tokens of prompt and response together; a longer row is treated as `over_length` says:
             `truncate_left` cuts the prompt's beginning, `truncate_right` the response's end.
@@ -84,7 +88,7 @@ class DemonstrationDataConfig(SupervisedDataConfig):
 
     Attributes:
         response_column: found among the usual names when not given. A row whose prompt is a conversation that ends
-            with the assistant's turn needs none.
+            with the assistant's turn needs none; where there is one all the same, name the prompt's column here too.
     """
 
     response_column: str | None = None
@@ -95,8 +99,9 @@ class PreferenceDataConfig(SupervisedDataConfig):
     """Pairs of responses (reward model, DPO).
 
     Attributes:
-        chosen_column, rejected_column: `chosen` and `rejected` when not given. Without a prompt column each holds a
-            whole conversation: a list of messages, or a transcript with `\\n\\nAssistant:` turns.
+        chosen_column, rejected_column: `chosen` and `rejected` when not given. Without a prompt column, or with one of
+            these two for it, each holds a whole conversation: a list of messages, or a transcript with
+            `\\n\\nAssistant:` turns. With one, a conversation holds the prompt or goes on from it.
         margin_column: by how much the chosen response should win before the loss is content, in units of the score
             (Touvron et al. 2023, https://arxiv.org/abs/2307.09288, section 3.2.2); 0 for every row when not given.
     """

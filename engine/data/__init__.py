@@ -4,12 +4,13 @@ import os
 
 from torch.utils.data import DataLoader
 
-from engine.data.examples import Examples, create_example_dataloader, load_demonstrations, load_preferences
+from engine.data.columns import demonstrations, preferences
+from engine.data.examples import Examples, create_example_dataloader, learned_whole, load_examples, load_held_out
 from engine.data.prompts import PromptBatch, create_prompt_dataloader
 
 __all__ = ["Examples", "PromptBatch", "create_datasets", "create_eval_dataset"]
 
-LOADERS = {1: load_demonstrations, 2: load_preferences}
+READERS = {1: demonstrations, 2: preferences}
 
 
 def create_datasets(args, tokenizer, train_phase: int) -> tuple[DataLoader, int]:
@@ -32,20 +33,25 @@ def create_datasets(args, tokenizer, train_phase: int) -> tuple[DataLoader, int]
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if train_phase == 3:
         return create_prompt_dataloader(args, tokenizer, rank=rank, world_size=world_size)
-    train, _ = _loader(train_phase)(args, tokenizer, _aloud if rank == 0 else _silently)
-    return create_example_dataloader(args, train)
+    say = _aloud if rank == 0 else _silently
+    train, _ = load_examples(args.data, tokenizer, _reader(train_phase), seed=args.seed, say=say)
+    return create_example_dataloader(args, _learned(train, args, train_phase))
 
 
 def create_eval_dataset(args, tokenizer, train_phase: int) -> Examples | None:
     """What phase 1 or 2 holds out, by `data.eval` or `data.eval_fraction`; None when neither is set."""
-    _, held_out = _loader(train_phase)(args, tokenizer, _silently)
-    return held_out
+    held_out = load_held_out(args.data, tokenizer, _reader(train_phase), seed=args.seed, say=_silently)
+    return None if held_out is None else _learned(held_out, args, train_phase)
 
 
-def _loader(train_phase: int):
-    if train_phase not in LOADERS:
+def _reader(train_phase: int):
+    if train_phase not in READERS:
         raise ValueError(f"train_phase={train_phase} is not 1 (SFT), 2 (preferences) or 3 (prompts for PPO).")
-    return LOADERS[train_phase]
+    return READERS[train_phase]
+
+
+def _learned(examples: Examples, args, train_phase: int) -> Examples:
+    return learned_whole(examples) if train_phase == 1 and args.loss_on == "sequence" else examples
 
 
 def _aloud(line: str) -> None:

@@ -1,7 +1,7 @@
 """What SFT, reward model and DPO learn from: demonstrations (one response) and preferences (two)."""
 
-import math
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,19 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.data.batches import GlobalBatches
 from engine.data.cache import digest_of
-from engine.data.exchanges import LengthLimit, concatenated, rows_of, tokenised
-from engine.data.formatting import ASSISTANT_TURN, as_prompt, exchange
+from engine.data.columns import Found, Reader
+from engine.data.exchanges import LengthLimit, check_end_can_go, concatenated, rows_of, tokenised
 from engine.data.sequences import Sequences
-from engine.data.sources import (
-    PROMPT_COLUMNS,
-    RESPONSE_COLUMNS,
-    Source,
-    at,
-    load_source,
-    mixed_rows,
-    mixture,
-    split_rows,
-)
+from engine.data.sources import at, load_source, mixed_rows, mixture, split_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +49,6 @@ class Examples:
         """The sequences of these examples."""
         return (picked[:, None] * self.rows_per_example + torch.arange(self.rows_per_example)).flatten()
 
-    def batches(self, size: int) -> Iterator["Examples"]:
-        """All examples in order, `size` at a time."""
-        for picked in torch.arange(len(self)).split(size):
-            yield self[picked]
-
     @property
     def digest(self) -> str:
         """Of the token ids and margins: what ranks compare, and what precomputed log-probabilities are kept under."""
@@ -95,35 +81,21 @@ def create_example_dataloader(args, examples: Examples) -> tuple[DataLoader, int
     return dataloader, args.num_iterations or args.num_train_epochs * len(dataloader)
 
 
-def load_demonstrations(
-    args, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
+def load_examples(
+    data, tokenizer: PreTrainedTokenizerBase, read: Reader, *, seed: int, say: Callable[[str], None]
 ) -> tuple[Examples, Examples | None]:
-    """(train, held out or None) of an SFT run.
+    """(train, held out or None).
 
     Args:
+        data: the sources, their columns, and limits; see `engine.config.data`.
+        read: `demonstrations` or `preferences`, of `engine.data.columns`.
         say: called with each line that the user should read.
 
     Raises:
-        ValueError: names file and line of a row that is not a demonstration.
+        ValueError: as `read`, or all that is held out is trained on.
     """
-    train, held_out = _train_and_held_out(args, tokenizer, _demonstrations, say)
-    if args.loss_on == "sequence":
-        return _learned_whole(train), None if held_out is None else _learned_whole(held_out)
-    return train, held_out
-
-
-def load_preferences(
-    args, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
-) -> tuple[Examples, Examples | None]:
-    """(train, held out or None) of a reward-model or DPO run; as `load_demonstrations`."""
-    return _train_and_held_out(args, tokenizer, _preferences, say)
-
-
-def _train_and_held_out(args, tokenizer, load, say) -> tuple[Examples, Examples | None]:
-    data = args.data
-    options = dict(subset=data.train_subset, max_samples=data.max_samples)
-    parts = [load(load_source(name, split=data.train_split, **options), args, tokenizer, say) for name in data.sources]
-    rows = mixed_rows([len(part) for part in parts], data.weights, seed=args.seed)
+    parts = [_loaded(name, data.train_split, data, tokenizer, read, say) for name in data.sources]
+    rows = mixed_rows([len(part) for part in parts], data.weights, seed=seed)
     for line in mixture(data.sources, [len(part) for part in parts], rows) if data.weights is not None else []:
         say(line)
     train = Examples(
@@ -132,13 +104,26 @@ def _train_and_held_out(args, tokenizer, load, say) -> tuple[Examples, Examples 
         margins=torch.cat([part.margins for part in parts]),
     )[torch.tensor(rows)]
     if data.eval is not None:
-        return train, load(load_source(data.eval, split=data.eval_split, **options), args, tokenizer, say)
+        held_out = _loaded(data.eval, data.eval_split, data, tokenizer, read, say)
+        _check_apart(train, held_out, data.eval, say)
+        return train, held_out
     if data.eval_fraction > 0:
-        return _split_by_prompt(train, data.eval_fraction, seed=args.seed)
+        return _split_by_prompt(train, data.eval_fraction, seed=seed)
     return train, None
 
 
-def _learned_whole(examples: Examples) -> Examples:
+def load_held_out(
+    data, tokenizer: PreTrainedTokenizerBase, read: Reader, *, seed: int, say: Callable[[str], None]
+) -> Examples | None:
+    """What `load_examples` holds out, without reading more than that takes."""
+    if data.eval is not None:
+        return _loaded(data.eval, data.eval_split, data, tokenizer, read, say)
+    if data.eval_fraction > 0:
+        return load_examples(data, tokenizer, read, seed=seed, say=say)[1]
+    return None
+
+
+def learned_whole(examples: Examples) -> Examples:
     """Everything that has a token before it to be predicted from counts as the response."""
     sequences = examples.sequences
     ones = torch.ones_like(sequences.prompt_lengths)
@@ -146,9 +131,54 @@ def _learned_whole(examples: Examples) -> Examples:
     return replace(examples, sequences=whole)
 
 
+def _loaded(name: str, split: str, data, tokenizer, read: Reader, say) -> Examples:
+    source = load_source(name, subset=data.train_subset, split=split, max_samples=data.max_samples)
+    found = read(source, data)
+    one_prompt = [all(prompt == example[0][0] for prompt, _ in example) for example in found.exchanges]
+    found = found[_wanted(one_prompt, name, "answer two different prompts", say)]
+    rows_per_example = len(found.exchanges[0])
+    examples = Examples(
+        sequences=tokenised(
+            [one for example in found.exchanges for one in example],
+            [place for place in found.places for _ in range(rows_per_example)],
+            tokenizer,
+        ),
+        rows_per_example=rows_per_example,
+        margins=torch.tensor(found.margins, dtype=torch.float32),
+    )
+    limit = LengthLimit(
+        max_prompt_tokens=data.max_prompt_tokens, max_length=data.max_length, over_length=data.over_length
+    )
+    examples = _within(limit, examples, found, tokenizer.bos_token_id, say)
+    if rows_per_example == 1:
+        return examples
+    differ = [chosen != rejected for chosen, rejected in _rows_by_example(examples)]
+    return examples[torch.tensor(_wanted(differ, name, "have chosen == rejected", say))]
+
+
+def _rows_by_example(examples: Examples) -> list[tuple]:
+    """Of each example a (prompt, response) per row, as bytes: quick to compare, and small."""
+    rows = [tuple(array("q", ids).tobytes() for ids in row) for row in rows_of(examples.sequences)]
+    each = examples.rows_per_example
+    return [tuple(rows[start : start + each]) for start in range(0, len(rows), each)]
+
+
+def _check_apart(train: Examples, held_out: Examples, name: str, say) -> None:
+    """How much of what is held out is trained on."""
+    ours, theirs = _rows_by_example(train), _rows_by_example(held_out)
+    if set(theirs) <= set(ours):
+        raise ValueError(
+            f"data.eval={name}: all of its {len(theirs)} rows are among those trained on, so that nothing is held out. "
+            f"Name another file, or split some off with --data.eval_fraction."
+        )
+    asked, also_asked = {rows[0][0] for rows in ours}, {rows[0][0] for rows in theirs}
+    if number := len(also_asked & asked):
+        say(f"Warning: {number} of {len(also_asked)} prompts of {name} (data.eval) are among those trained on.")
+
+
 def _split_by_prompt(examples: Examples, fraction: float, *, seed: int) -> tuple[Examples, Examples]:
     """What is held out asks nothing that is trained on: all examples of a prompt fall on one side."""
-    prompts = [tuple(prompt) for prompt, _ in list(rows_of(examples.sequences))[:: examples.rows_per_example]]
+    prompts = [rows[0][0] for rows in _rows_by_example(examples)]
     number = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
     _, held_out = split_rows(len(number), fraction, seed=seed)
     is_held_out = torch.zeros(len(number), dtype=torch.bool)
@@ -157,94 +187,34 @@ def _split_by_prompt(examples: Examples, fraction: float, *, seed: int) -> tuple
     return examples[(~chosen).nonzero().squeeze(1)], examples[chosen.nonzero().squeeze(1)]
 
 
-def _demonstrations(source: Source, args, tokenizer, say) -> Examples:
-    data = args.data
-    prompt = source.column(data.prompt_column, PROMPT_COLUMNS, "--data.prompt_column")
-    response = source.column_if_any(data.response_column, RESPONSE_COLUMNS, "--data.response_column")
-    first = source.rows[0].get(prompt)
-    if response is None and isinstance(first, str) and ASSISTANT_TURN not in first:  # no conversation to be split
-        response = source.column(None, RESPONSE_COLUMNS, "--data.response_column")
-    pairs = []
-    for row, place in zip(source.rows, source.places, strict=True):
-        if response is None:
-            pairs.append(at(f"{place}, column {prompt!r}", exchange, None, row.get(prompt)))
-        else:
-            asked = at(f"{place}, column {prompt!r}", as_prompt, row.get(prompt), data.prompt_format)
-            pairs.append(at(f"{place}, column {response!r}", exchange, asked, row.get(response)))
-    sequences = tokenised(pairs, source.places, tokenizer)
-    examples = Examples(sequences=sequences, rows_per_example=1, margins=torch.zeros(len(pairs)))
-    return _within_limits(examples, source.places, source, args, say)
-
-
-def _preferences(source: Source, args, tokenizer, say) -> Examples:
-    data = args.data
-    prompt = source.column_if_any(data.prompt_column, PROMPT_COLUMNS, "--data.prompt_column")
-    answers = (
-        source.column(data.chosen_column, ("chosen",), "--data.chosen_column"),
-        source.column(data.rejected_column, ("rejected",), "--data.rejected_column"),
-    )
-    margin = source.column_if_any(data.margin_column, (), "--data.margin_column")
-    pairs, margins = [], []
-    for row, place in zip(source.rows, source.places, strict=True):
-        asked = (
-            None
-            if prompt is None
-            else at(f"{place}, column {prompt!r}", as_prompt, row.get(prompt), data.prompt_format)
-        )
-        pairs += [at(f"{place}, column {column!r}", exchange, asked, row.get(column)) for column in answers]
-        margins.append(0.0 if margin is None else at(f"{place}, column {margin!r}", _number, row.get(margin)))
-    sequences = tokenised(pairs, [place for place in source.places for _ in answers], tokenizer)
-    examples = Examples(sequences=sequences, rows_per_example=2, margins=torch.tensor(margins, dtype=torch.float32))
-    asked = [prompt for prompt, _ in pairs]
-    answers_one_prompt = [ours == theirs for ours, theirs in zip(asked[::2], asked[1::2], strict=True)]
-    examples = _only(examples, answers_one_prompt, source, "answer two different prompts", say)
-    places = [place for place, one in zip(source.places, answers_one_prompt, strict=True) if one]
-    examples = _within_limits(examples, places, source, args, say)
-    rows = list(rows_of(examples.sequences))
-    differ = [chosen != rejected for chosen, rejected in zip(rows[::2], rows[1::2], strict=True)]
-    return _only(examples, differ, source, "have chosen == rejected", say)
-
-
-def _only(pairs: Examples, wanted: list[bool], source: Source, flaw: str, say) -> Examples:
-    """The wanted pairs; the others are dropped and counted."""
+def _wanted(wanted: list[bool], name: str, flaw: str, say) -> list[int]:
+    """Which pairs are wanted; the others are dropped and counted."""
     if not all(wanted):
-        said = f"{len(wanted) - sum(wanted)} of {len(wanted)} pairs of {source.name} {flaw}"
+        said = f"{len(wanted) - sum(wanted)} of {len(wanted)} pairs of {name} {flaw}"
         if not any(wanted):
             raise ValueError(f"{said}: nothing can be learned from them.")
         say(f"{said}: dropped.")
-    return pairs[torch.tensor(wanted).nonzero().squeeze(1)]
+    return [number for number, one in enumerate(wanted) if one]
 
 
-def _within_limits(examples: Examples, places: list[str], source: Source, args, say) -> Examples:
-    data = args.data
-    limit = LengthLimit(
-        max_prompt_tokens=data.max_prompt_tokens, max_length=data.max_length, over_length=data.over_length
-    )
-    too_long = limit.too_long(examples.sequences).view(-1, examples.rows_per_example).any(1)
+def _within(limit: LengthLimit, examples: Examples, found: Found, bos_token_id: int | None, say) -> Examples:
+    sequences, rows = examples.sequences, examples.rows_per_example
+    too_long = limit.too_long(sequences).view(-1, rows).any(1)
     number = int(too_long.sum())
     if number == 0:
         return examples
     said = (
-        f"{number} of {len(examples)} rows of {source.name} exceed data.max_prompt_tokens={data.max_prompt_tokens} or "
-        f"data.max_length={data.max_length}"
+        f"{number} of {len(examples)} {'rows' if rows == 1 else 'pairs'} of {found.name} exceed "
+        f"data.max_prompt_tokens={limit.max_prompt_tokens} or data.max_length={limit.max_length}"
     )
-    if data.over_length == "error":
-        raise ValueError(f"{said}, first at {places[int(too_long.nonzero()[0])]}.")
-    if data.over_length == "drop":
+    if limit.over_length == "error":
+        raise ValueError(f"{said}, first at {found.places[int(too_long.nonzero()[0])]}.")
+    if limit.over_length == "drop":
         if number == len(examples):
             raise ValueError(f"{said}: dropping them leaves nothing. Raise the limit.")
         say(f"{said}: dropped.")
         return examples[(~too_long).nonzero().squeeze(1)]
-    say(f"{said}: shortened ({data.over_length}).")
-    return replace(examples, sequences=limit.shortened(examples.sequences, rows_per_example=examples.rows_per_example))
-
-
-def _number(cell) -> float:
-    """A number, or text that is one: a CSV file holds nothing but text."""
-    try:
-        number = math.nan if isinstance(cell, bool) else float(cell)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not torch.tensor(number, dtype=torch.float32).isfinite():
-        raise ValueError(f"a margin is a number, this is {str(cell)[:80]!r}.")
-    return number
+    for example in (sequences.prompt_lengths[::rows] > limit.prompt_room).nonzero().squeeze(1).tolist():
+        at(found.places[example], check_end_can_go, found.exchanges[example][0][0], limit.over_length)
+    say(f"{said}: shortened ({limit.over_length}).")
+    return replace(examples, sequences=limit.shortened(sequences, rows_per_example=rows, bos_token_id=bos_token_id))

@@ -9,9 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from engine.data.cache import digest_of_tokenizer, kept_tensors
-from engine.data.formatting import Prompt, encode_exchange, render, render_response
+from engine.data.formatting import ASSISTANT_TURN, Prompt, encode_exchange, render, render_response
 from engine.data.sequences import Sequences
 from engine.data.sources import at
+
+OverLength = Literal["drop", "error", "truncate_left", "truncate_right"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,13 +26,18 @@ class LengthLimit:
 
     max_prompt_tokens: int
     max_length: int
-    over_length: Literal["drop", "error", "truncate_left", "truncate_right"]
+    over_length: OverLength
 
     def too_long(self, sequences: Sequences) -> Tensor:
         """(B,) bool."""
         return (sequences.prompt_lengths > self.max_prompt_tokens) | (sequences.lengths > self.max_length)
 
-    def shortened(self, sequences: Sequences, *, rows_per_example: int) -> Sequences:
+    @property
+    def prompt_room(self) -> int:
+        """Tokens of a prompt that has a response of one token."""
+        return min(self.max_prompt_tokens, self.max_length - 1)
+
+    def shortened(self, sequences: Sequences, *, rows_per_example: int, bos_token_id: int | None) -> Sequences:
         """Every row within the limits: `truncate_left` keeps a prompt's end, `truncate_right` its beginning; what is
         then still too long loses more of the prompt's beginning, or of the response's end, down to one token. The
         rows of an example keep the same prompt.
@@ -41,12 +48,34 @@ class LengthLimit:
             example = rows[start : start + rows_per_example]
             longest = min(self.max_length - 1, max(len(response) for _, response in example))
             left = min(self.max_prompt_tokens, self.max_length - longest)
-            right = min(self.max_prompt_tokens, self.max_length - 1)
+            room = left if self.over_length == "truncate_left" else self.prompt_room
             for prompt, response in example:
-                prompt = prompt[-left:] if self.over_length == "truncate_left" else prompt[:right]
-                prompts.append(prompt)
-                responses.append(response[: self.max_length - len(prompt)])
+                prompts.append(shortened_prompt(prompt, room, self.over_length, bos_token_id=bos_token_id))
+                responses.append(response[: self.max_length - len(prompts[-1])])
         return Sequences.of(prompts, responses)
+
+
+def shortened_prompt(prompt: list[int], room: int, over_length: OverLength, *, bos_token_id: int | None) -> list[int]:
+    """At most `room` tokens, at least 1: the end, after a beginning-of-sequence token if the prompt has one; or the
+    beginning.
+    """
+    if over_length == "truncate_right" or len(prompt) <= room:
+        return prompt[:room]
+    first = [token for token in prompt[:1] if token == bos_token_id]
+    return first + prompt[len(prompt) - room + len(first) :]
+
+
+def check_end_can_go(prompt: Prompt, over_length: OverLength) -> None:
+    """Nothing a model knows is answered without the mark where the assistant's turn begins.
+
+    Raises:
+        ValueError: that mark would be cut off.
+    """
+    if over_length == "truncate_right" and (not isinstance(prompt, str) or prompt.endswith(ASSISTANT_TURN)):
+        raise ValueError(
+            "the prompt is a conversation that is too long, and truncate_right would cut off where the answer begins. "
+            "Use --data.over_length truncate_left or drop, or raise the limit."
+        )
 
 
 def tokenised(

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.data.batches import GlobalBatches
 from engine.data.cache import digest_of, digest_of_tokenizer, kept_tensors
-from engine.data.formatting import Prompt, as_prompt, encode, render
+from engine.data.exchanges import OverLength, check_end_can_go, shortened_prompt
+from engine.data.formatting import Prompt, as_prompt, encode, is_answered, render, unanswered
 from engine.data.sources import PROMPT_COLUMNS, Source, at, load_source, mixed_rows, mixture
 
 
@@ -51,28 +52,34 @@ class PromptDataset(Dataset):
 
     def __init__(
         self,
-        parts: list[tuple[Source, str]],
+        sources: list[Source],
         tokenizer: PreTrainedTokenizerBase,
         *,
+        prompt_column: str | None = None,
         prompt_format: Literal["text", "chat"] = "text",
     ):
         """
         Args:
-            parts: each source with the name of its prompt column.
+            prompt_column: of all sources; found by name in each when not given.
             prompt_format: see `engine.data.formatting.as_prompt`.
 
         Raises:
             ValueError: names the place of a prompt that cannot be rendered or has no tokens.
         """
         self.tokenizer = tokenizer
-        self.name = ", ".join(source.name for source, _ in parts)
-        self.sizes = [len(source.rows) for source, _ in parts]
-        self.rows = [row for source, _ in parts for row in source.rows]
-        self.places = [f"{place}, column {column!r}" for source, column in parts for place in source.places]
-        self.columns = list(dict.fromkeys(name for source, _ in parts for row in source.rows for name in row))
-        cells = [row.get(column) for source, column in parts for row in source.rows]
+        self.name = ", ".join(source.name for source in sources)
+        self.sizes = [len(source.rows) for source in sources]
+        self.rows = [row for source in sources for row in source.rows]
+        self.columns = list(dict.fromkeys(name for source in sources for name in source.columns))
+        cells, self.places = [], []
+        for source in sources:
+            column = source.column(prompt_column, PROMPT_COLUMNS, "--data.prompt_column")
+            cells += source.prompts(column, prompt_column)
+            self.places += [f"{place}, column {column!r}" for place in source.places]
+        self.num_answered = sum(map(is_answered, cells))
         self.prompts = [
-            at(place, as_prompt, cell, prompt_format) for cell, place in zip(cells, self.places, strict=True)
+            at(place, as_prompt, at(place, unanswered, cell), prompt_format)
+            for cell, place in zip(cells, self.places, strict=True)
         ]
         self.texts = [
             at(place, render, prompt, tokenizer) for prompt, place in zip(self.prompts, self.places, strict=True)
@@ -106,11 +113,20 @@ class PromptDataset(Dataset):
         sources = torch.bucketize(torch.tensor(self.kept), bounds, right=True)
         return torch.bincount(sources, minlength=len(self.sizes)).tolist()
 
-    def limit_length(self, max_prompt_tokens: int, over_length: str) -> str | None:
+    def answers_cut(self) -> str | None:
+        """What to tell the user of conversations that came with their answer; None when there was none."""
+        if self.num_answered == 0:
+            return None
+        return (
+            f"{self.num_answered} of {len(self.prompts)} prompts of {self.name} end with the assistant's turn: it is "
+            f"cut off, the actor answers."
+        )
+
+    def limit_length(self, max_prompt_tokens: int, over_length: OverLength) -> str | None:
         """Apply the over-length policy. Returns what to tell the user, or None when no prompt was too long.
 
         Raises:
-            ValueError: the policy is `error`, or `drop` leaves nothing.
+            ValueError: the policy is `error`, `drop` leaves nothing, or `truncate_right` meets a conversation.
         """
         too_long = [row for row in self.kept if len(self.tokens[row]) > max_prompt_tokens]
         if not too_long:
@@ -123,11 +139,17 @@ class PromptDataset(Dataset):
             if not self.kept:
                 raise ValueError(f"{said}: dropping them leaves nothing. Raise --data.max_prompt_tokens.")
             return f"{said}: dropped."
-        keep = slice(-max_prompt_tokens, None) if over_length == "truncate_left" else slice(max_prompt_tokens)
         for row in too_long:
-            self.tokens[row] = self.tokens[row][keep]
-            self.texts[row] = self.tokenizer.decode(self.tokens[row])
+            at(self.places[row], check_end_can_go, self.prompts[row], over_length)
+            self._shorten(row, max_prompt_tokens, over_length)
         return f"{said}: shortened ({over_length})."
+
+    def _shorten(self, row: int, max_prompt_tokens: int, over_length: OverLength) -> None:
+        bos, mark = self.tokenizer.bos_token_id, self.tokenizer.bos_token
+        # A text has the mark of its beginning where a template wrote it, not where the tokenizer adds it.
+        added = self.tokens[row][0] == bos and not self.texts[row].startswith(mark)
+        ids = shortened_prompt(self.tokens[row], max_prompt_tokens, over_length, bos_token_id=bos)
+        self.tokens[row], self.texts[row] = ids, self.tokenizer.decode(ids[1:] if added else ids)
 
     def _tokens(self) -> list[list[int]]:
         def made() -> dict[str, torch.Tensor]:
@@ -154,9 +176,8 @@ def create_prompt_dataloader(
     data = args.data
     options = dict(subset=data.train_subset, split=data.train_split, max_samples=data.max_samples)
     sources = [load_source(name, **options) for name in data.sources]
-    parts = [(source, source.column(data.prompt_column, PROMPT_COLUMNS, "--data.prompt_column")) for source in sources]
-    dataset = PromptDataset(parts, tokenizer, prompt_format=data.prompt_format)
-    said = [dataset.limit_length(data.max_prompt_tokens, data.over_length)]
+    dataset = PromptDataset(sources, tokenizer, prompt_column=data.prompt_column, prompt_format=data.prompt_format)
+    said = [dataset.answers_cut(), dataset.limit_length(data.max_prompt_tokens, data.over_length)]
     if data.weights is not None:
         sizes = dataset.kept_of_each_source()
         rows = mixed_rows(sizes, data.weights, seed=args.seed)

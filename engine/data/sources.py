@@ -60,6 +60,18 @@ class Source:
             )
         return wanted or next((name for name in usual if name in self.columns), None)
 
+    def prompts(self, column: str, wanted: str | None) -> list[Any]:
+        """The cells of a prompt column.
+
+        An `instruction` that nobody wanted by name is Alpaca's: a row's `input` belongs to it, after a blank line.
+
+        Raises:
+            ValueError: names the place of an instruction or an input that is no text.
+        """
+        if wanted is None and column == "instruction" and "input" in self.columns:
+            return [at(place, _alpaca, row) for row, place in zip(self.rows, self.places, strict=True)]
+        return [row.get(column) for row in self.rows]
+
 
 def load_source(
     name: str, *, subset: str | None = None, split: str = "train", max_samples: int | None = None
@@ -218,6 +230,18 @@ def _parquet(path: Path) -> Rows:
 
 
 READERS: dict[str, Callable[[Path], Rows]] = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+
+
+def _alpaca(row: Row) -> Any:
+    instruction, given = row.get("instruction"), row.get("input")
+    if given is None or given == "":
+        return instruction
+    if not isinstance(instruction, str) or not isinstance(given, str):
+        raise ValueError(
+            f"instruction and input make one prompt, so both are text; these are {str(instruction)[:40]!r} and "
+            f"{str(given)[:40]!r}. --data.prompt_column instruction takes it without the input."
+        )
+    return f"{instruction}\n\n{given}"
 
 
 def _text(path: Path) -> str:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from words import assistant, user
+from words import BOS, EOS, A, B, assistant, user, word_tokenizer
 
 from engine.config import (
     DemonstrationDataConfig,
@@ -187,6 +187,74 @@ def test_preferences_as_conversations_with_or_without_a_prompt(written):
         assert texts(loaded(reward_model(written([row])))) == [(turns("a"), "yes<eos>"), (turns("a"), "no<eos>")]
 
 
+WHOLE = [user("a"), assistant("b"), user("c"), assistant("d")]
+
+
+def test_a_conversation_with_an_answer_beside_a_response_column_is_refused(written):
+    """Which of the two is to be learned, only the user knows."""
+    rows = [{"messages": [user("a")], "answer": "b"}, {"messages": WHOLE, "answer": "e"}]
+    said = r"line 2: column 'messages' ends .*'answer' holds .* --data\.response_column messages"
+    with pytest.raises(ValueError, match=said):
+        loaded(sft(written(rows)))
+    asked = turns("a") + "b<eos>\n" + turns("c")
+    assert texts(loaded(sft(written(rows[1:]), response_column="messages"))) == [(asked, "d<eos>")]
+
+
+def test_a_conversation_is_the_response_to_the_first_of_its_questions(written):
+    rows = [{"prompt": "a", "messages": WHOLE}]
+    asked = turns("a") + "b<eos>\n" + turns("c")
+    assert texts(loaded(sft(written(rows), response_column="messages"))) == [(asked, "d<eos>")]
+
+
+@pytest.mark.parametrize("prompt", ["prompt", "messages"])
+def test_an_answered_prompt_beside_preferences_is_refused(written, prompt):
+    rows = [{prompt: "a", "chosen": "b", "rejected": "c"}, {prompt: WHOLE, "chosen": "e", "rejected": "f"}]
+    with pytest.raises(ValueError, match=rf"line 2, column '{prompt}': the prompt ends with the assistant's turn"):
+        loaded(reward_model(written(rows)))
+
+
+def test_no_turn_of_a_prompt_gets_lost(written):
+    rows = [
+        {"prompt": [user("hi")], "chosen": [assistant("a"), user("b"), assistant("c")], "rejected": [assistant("no")]},
+        {"prompt": [user("hi")], "chosen": [user("ho"), assistant("c")], "rejected": [user("ho"), assistant("no")]},
+    ]
+    rows[0]["rejected"] = [assistant("a"), user("b"), assistant("no")]
+    asked = turns("hi") + "a<eos>\n" + turns("b")
+    assert texts(loaded(reward_model(written(rows[:1])))) == [(asked, "c<eos>"), (asked, "no<eos>")]
+    with pytest.raises(ValueError, match=r"line 2, column 'chosen': .*does not hold the prompt.*--data\.prompt_column"):
+        loaded(reward_model(written(rows)))
+    whole = loaded(reward_model(written(rows[1:]), prompt_column="chosen"))
+    assert texts(whole) == [(turns("ho"), "c<eos>"), (turns("ho"), "no<eos>")]
+
+
+# Alpaca
+
+ALPACA = {"instruction": "add", "input": "2 2", "output": "4", "chosen": "4", "rejected": "5"}
+
+
+@pytest.mark.parametrize("make", [sft, reward_model])
+@pytest.mark.parametrize(
+    ("changes", "prompt"),
+    [({}, "add\n\n2 2"), (dict(input=""), "add"), (dict(input=None), "add"), (dict(instruction=""), "\n\n2 2")],
+)
+def test_the_input_of_an_instruction_belongs_to_it(written, make, changes, prompt):
+    assert prompts(loaded(make(written([ALPACA | changes])))) == [prompt]
+
+
+@pytest.mark.parametrize("make", [sft, reward_model])
+def test_an_instruction_that_was_asked_for_is_taken_alone(written, make):
+    assert prompts(loaded(make(written([ALPACA]), prompt_column="instruction"))) == ["add"]
+    assert prompts(loaded(make(written([ALPACA | {"prompt": "mine"}])))) == ["mine"]
+    rows = [{name.replace("instruction", "question"): cell for name, cell in ALPACA.items()}]
+    assert prompts(loaded(make(written(rows)))) == ["add"]
+
+
+@pytest.mark.parametrize("changes", [dict(input=7), dict(input=["x"]), dict(instruction=[user("a")])])
+def test_an_input_that_cannot_be_joined_is_named_with_its_place(written, changes):
+    with pytest.raises(ValueError, match=r"line 2: instruction and input make one prompt.*--data\.prompt_column"):
+        loaded(sft(written([ALPACA, ALPACA | changes])))
+
+
 @pytest.mark.parametrize("make", [sft, reward_model])
 def test_a_string_is_what_the_user_says_under_chat(written, make):
     row = {"prompt": "a", "response": "b", "chosen": "b", "rejected": "c"}
@@ -306,11 +374,38 @@ def test_dropping_everything_is_refused(written):
         loaded(sft(written(LONG), max_length=2))
 
 
+@pytest.mark.parametrize("limits", [dict(max_prompt_tokens=20), dict(max_length=21)])
+def test_a_conversation_does_not_lose_the_turn_that_is_asked_for(written, limits):
+    rows = [{"messages": [user("a"), assistant("b")]}, {"messages": [user("much too long"), assistant("b")]}]
+    with pytest.raises(ValueError, match=r"line 2: the prompt is a conversation .*truncate_right would cut off"):
+        loaded(sft(written(rows), over_length="truncate_right", **dict(max_length=60) | limits))
+    cut = loaded(sft(written(rows), over_length="truncate_left", **dict(max_length=60) | limits))
+    assert prompts(cut)[1].endswith("\nassistant: ")
+    transcript = {"chosen": "\n\nHuman: long\n\nAssistant: b", "rejected": "\n\nHuman: long\n\nAssistant: c"}
+    with pytest.raises(ValueError, match=r"line 1: the prompt is a conversation"):
+        loaded(reward_model(written([transcript]), over_length="truncate_right", **limits))
+
+
+def test_a_conversations_response_may_lose_its_end(written):
+    rows = [{"messages": [user("a"), assistant("a long response")]}]
+    ((prompt, response),) = texts(loaded(sft(written(rows), over_length="truncate_right", max_length=25)))
+    assert prompt == turns("a") and "a long response".startswith(response)
+
+
+def test_a_shortened_prompt_keeps_its_bos(written):
+    tokenizer = word_tokenizer(adds_bos=True)
+    file = written([{"prompt": "a b a b", "response": "a"}])
+    for over_length, ids in (("truncate_left", [BOS, A, B]), ("truncate_right", [BOS, A, B])):
+        config = sft(file, over_length=over_length, max_prompt_tokens=3)
+        ((prompt, response),) = rows_of(create_datasets(config, tokenizer, 1)[0].dataset.examples.sequences)
+        assert (prompt, response) == (ids, [A, EOS])
+
+
 @pytest.mark.parametrize("long", ["chosen", "rejected"])
 def test_a_pair_goes_as_a_whole(written, capsys, long):
     rows = [PREFERENCES[0], PREFERENCES[1] | {long: "much too long"}, PREFERENCES[2]]
     assert prompts(loaded(reward_model(written(rows), max_length=8))) == ["p0", "p2"]
-    assert "1 of 3 rows" in capsys.readouterr().out
+    assert "1 of 3 pairs" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"first at .*line 2"):
         loaded(reward_model(written(rows), max_length=8, over_length="error"))
 
@@ -322,16 +417,17 @@ def test_only_rank_0_speaks(written, capsys, monkeypatch):
         [written([*PREFERENCES, equal], "one"), written([*PREFERENCES[:2], too_long], "two")],
         weights=[1, 1],
         max_length=8,
-        eval=written([PREFERENCES[0], equal], "held_out"),
+        eval=written([PREFERENCES[0], {"prompt": "new", "chosen": "b", "rejected": "c"}, equal], "held_out"),
     )
     loaded(config)
     said = capsys.readouterr().out.splitlines()
     assert [line.split("/")[0] for line in said] == [
         "1 of 11 pairs of ",
-        "1 of 3 rows of ",
+        "1 of 3 pairs of ",
         "2 of 10 rows of ",
         "2 of 2 rows of ",
-        "1 of 2 pairs of ",
+        "1 of 3 pairs of ",
+        "Warning: 1 of 2 prompts of ",
     ]
     assert create_eval_dataset(config, TOKENIZER, 2) is not None
     monkeypatch.setenv("RANK", "1")
@@ -408,6 +504,40 @@ def test_an_eval_file_is_held_to_the_same_rules(written):
         create_eval_dataset(config, TOKENIZER, 1)
     config = sft(written(DEMONSTRATIONS), eval=written(LONG, "held_out"), max_prompt_tokens=5, loss_on="sequence")
     assert texts(create_eval_dataset(config, TOKENIZER, 1)) == [("p", "0r0<eos>"), ("p", "2a longer<eos>")]
+
+
+@pytest.mark.parametrize("loss_on", ["response", "sequence"])
+def test_what_is_held_out_and_trained_on_is_counted(written, capsys, loss_on):
+    """p1 and p2 are asked in both, p2 with the same answer."""
+    held_out = [{"prompt": f"p{number}", "response": f"r{number // 2 * 2}"} for number in (1, 2, 1)]
+    held_out.append({"prompt": "new", "response": "r1"})
+    loaded(sft(written(DEMONSTRATIONS), eval=written(held_out, "held_out"), loss_on=loss_on))
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.startswith("Warning: 2 of 3 prompts of") and "held_out.jsonl (data.eval)" in said
+
+
+@pytest.mark.parametrize(("make", "rows"), [(sft, DEMONSTRATIONS), (reward_model, PREFERENCES)])
+def test_holding_out_what_is_trained_on_is_refused(written, tmp_path, make, rows):
+    file = written(rows)
+    with pytest.raises(ValueError, match=r"data\.eval=.*train\.jsonl: all of its 10 rows .*--data\.eval_fraction"):
+        loaded(make(file, eval=file))
+    held_out = written([rows[3], rows[1], rows[3]], "held_out")
+    for train in (file, str(tmp_path)):  # the file, and the folder that both are in
+        with pytest.raises(ValueError, match=r"held_out\.jsonl: all of its 3 rows"):
+            loaded(make(train, eval=held_out))
+
+
+def test_other_answers_to_the_same_prompts_are_held_out_with_a_warning(written, capsys):
+    swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in PREFERENCES]
+    loaded(reward_model(written(PREFERENCES), eval=written(swapped, "held_out")))
+    assert capsys.readouterr().out.startswith("Warning: 10 of 10 prompts of")
+
+
+def test_what_is_held_out_is_read_without_what_is_trained_on(written, tmp_path):
+    config = sft(written(DEMONSTRATIONS), eval=written([{"prompt": "a", "response": "b"}], "held_out"))
+    (tmp_path / "train.jsonl").unlink()
+    assert texts(create_eval_dataset(config, TOKENIZER, 1)) == [("a", "b<eos>")]
+    assert create_eval_dataset(replace(config, data=replace(config.data, eval=None)), TOKENIZER, 1) is None
 
 
 @pytest.mark.parametrize("train_phase", [0, 3, 4, "1", None])
@@ -494,13 +624,6 @@ def test_picking_examples_picks_all_that_belongs_to_them():
     assert (len(picked), picked.rows_per_example) == (3, 2)
     assert pairs(ref_logprobs=False)[torch.tensor([1])].ref_logprobs is None
     assert len(pairs()[torch.empty(0, dtype=torch.int64)]) == 0
-
-
-def test_batches_go_through_the_examples_in_order():
-    batches = list(pairs().batches(3))
-    assert [batch.margins.tolist() for batch in batches] == [[0, 1, 2], [3]]
-    assert batches[1].sequences.tokens.tolist() == [31, 32, 31, 33, 33]
-    assert batches[1].ref_logprobs.tolist() == [-6, -7]
 
 
 @pytest.mark.parametrize(

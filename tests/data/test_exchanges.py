@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from words import EOS, A, B, system, user, word_tokenizer
+from words import BOS, EOS, A, B, system, user, word_tokenizer
 
-from engine.data.exchanges import LengthLimit, concatenated, rows_of, tokenised
+from engine.data.exchanges import LengthLimit, concatenated, rows_of, shortened_prompt, tokenised
 from engine.data.sequences import Sequences
 
 ROW = ([1, 2, 3, 4, 5], [11, 12, 13, 14])  # 5 + 4 = 9 tokens
@@ -65,7 +65,7 @@ def test_a_row_is_too_long_by_its_prompt_or_as_a_whole(limits, too_long, over_le
     ],
 )
 def test_what_is_left_of_a_row_that_is_too_long(over_length, limits, prompt, response):
-    shortened = limit(over_length, **limits).shortened(one_row(*ROW), rows_per_example=1)
+    shortened = limit(over_length, **limits).shortened(one_row(*ROW), rows_per_example=1, bos_token_id=None)
     assert list(rows_of(shortened)) == [(prompt, response)]
 
 
@@ -81,7 +81,7 @@ def test_shortened_rows_fit_and_are_as_long_as_they_may_be(lengths, max_prompt, 
     responses = [list(range(101, response + 101)) for _, response in lengths]
     policy = limit(over_length, prompt=max_prompt, length=max_length)
     before = Sequences.of(prompts, responses)
-    after = policy.shortened(before, rows_per_example=1)
+    after = policy.shortened(before, rows_per_example=1, bos_token_id=None)
     assert not policy.too_long(after).any()
     for prompt, response, too_long, (cut, answer) in zip(
         prompts, responses, policy.too_long(before), rows_of(after), strict=True
@@ -93,6 +93,30 @@ def test_shortened_rows_fit_and_are_as_long_as_they_may_be(lengths, max_prompt, 
             assert (cut, answer) == (prompt, response)
         if (len(cut), len(answer)) != (min(len(prompt), max_prompt), len(response)):
             assert len(cut) + len(answer) == max_length  # not a token more was taken than had to be
+
+
+@pytest.mark.parametrize(
+    ("over_length", "room", "kept"),
+    [
+        ("truncate_left", 5, [0, 2, 3, 2, 3]),
+        ("truncate_left", 4, [0, 3, 2, 3]),
+        ("truncate_left", 2, [0, 3]),
+        ("truncate_left", 1, [0]),
+        ("truncate_right", 4, [0, 2, 3, 2]),
+        ("truncate_right", 1, [0]),
+    ],
+)
+def test_a_prompt_keeps_its_bos(over_length, room, kept):
+    prompt = [BOS, A, B, A, B]
+    assert shortened_prompt(prompt, room, over_length, bos_token_id=BOS) == kept
+    both = Sequences.of([prompt, prompt], [[A], [B]])
+    shortened = limit(over_length, prompt=room).shortened(both, rows_per_example=2, bos_token_id=BOS)
+    assert list(rows_of(shortened)) == [(kept, [A]), (kept, [B])]
+
+
+def test_without_a_bos_at_its_beginning_a_prompt_is_cut_as_it_is():
+    assert shortened_prompt([A, BOS, B], 2, "truncate_left", bos_token_id=BOS) == [BOS, B]
+    assert shortened_prompt([A, A, B], 2, "truncate_left", bos_token_id=None) == [A, B]
 
 
 def test_rows_are_read_back_as_they_were_put_in():
@@ -157,5 +181,5 @@ def test_text_that_is_no_unicode_is_named_with_its_place():
 def test_the_two_responses_of_a_pair_keep_one_prompt():
     """Cut one by one, `abcdef` with `xy` and `wxyz` would be answered as `bcdef` and as `cdef`."""
     pair = Sequences.of([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6]], [[7, 8], [7, 8, 9, 10]])
-    kept = limit("truncate_left", prompt=9, length=8).shortened(pair, rows_per_example=2)
+    kept = limit("truncate_left", prompt=9, length=8).shortened(pair, rows_per_example=2, bos_token_id=None)
     assert list(rows_of(kept)) == [([3, 4, 5, 6], [7, 8]), ([3, 4, 5, 6], [7, 8, 9, 10])]

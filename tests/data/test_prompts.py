@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from words import BOS, A, B, assistant, user, word_tokenizer
 
 from engine.config import DataConfig
 from engine.data import PromptBatch, create_datasets
@@ -18,7 +19,7 @@ from engine.models.random_init import byte_tokenizer
 def dataset(*texts, tokenizer=None) -> PromptDataset:
     rows = [{"prompt": text, "number": number} for number, text in enumerate(texts)]
     source = Source("mine.jsonl", rows, [f"mine.jsonl, line {number}" for number in range(1, len(rows) + 1)])
-    return PromptDataset([(source, "prompt")], tokenizer or byte_tokenizer())
+    return PromptDataset([source], tokenizer or byte_tokenizer())
 
 
 def args(tmp_path, texts, *, per_iteration=4, iterations=None, epochs=1, seed=0, **data):
@@ -53,7 +54,7 @@ def test_a_prompt_that_is_no_text_is_named_with_its_place_and_column(bad):
 def test_a_row_without_the_column_is_named_with_its_place():
     source = Source("mine.jsonl", [{"prompt": "a"}, {"promt": "b"}], ["mine.jsonl, line 1", "mine.jsonl, line 9"])
     with pytest.raises(ValueError, match=r"mine\.jsonl, line 9, column 'prompt'"):
-        PromptDataset([(source, "prompt")], byte_tokenizer())
+        PromptDataset([source], byte_tokenizer())
 
 
 def test_an_empty_prompt_is_named_with_its_place():
@@ -114,6 +115,74 @@ def test_a_score_function_sees_the_prompt_that_the_model_saw(policy):
     assert batch.texts == texts_of(batch.tokens)
 
 
+@pytest.mark.parametrize(
+    ("policy", "tokens", "text"),
+    [("truncate_left", [BOS, B, A], "b a"), ("truncate_right", [BOS, A, B], "a b")],
+)
+def test_a_shortened_prompt_keeps_its_bos_and_its_text_has_none(policy, tokens, text):
+    prompts = dataset("a b a b a", "b a", tokenizer=word_tokenizer(adds_bos=True))
+    prompts.limit_length(3, policy)
+    batch = prompts.batch([0, 1])
+    assert (batch.tokens, batch.texts) == ([tokens, [BOS, B, A]], [text, "b a"])
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_a_shortened_prompt_has_the_bos_that_its_template_wrote(adds_bos):
+    tokenizer = word_tokenizer(adds_bos=adds_bos, template="<s> {{ messages[0]['content'] }}")
+    prompts = dataset([user("a b a b a")], [user("a")], tokenizer=tokenizer)
+    prompts.limit_length(3, "truncate_left")
+    assert prompts.batch([0, 1]).texts == ["<s> b a", "<s> a"]
+
+
+def test_a_mark_in_the_middle_of_a_text_stays_in_it():
+    prompts = dataset("a b <s> a", tokenizer=word_tokenizer())
+    prompts.limit_length(2, "truncate_left")
+    assert (prompts.batch([0]).tokens, prompts.batch([0]).texts) == ([[BOS, A]], ["<s> a"])
+
+
+@pytest.mark.parametrize("prompt", [[user("hi")], "\n\nHuman: hi\n\nAssistant:"])
+def test_a_conversation_does_not_lose_the_turn_that_is_asked_for(prompt):
+    with pytest.raises(ValueError, match=r"line 2, column 'prompt': the prompt is a conversation.*truncate_right"):
+        dataset("a long text is cut", prompt).limit_length(12, "truncate_right")
+    prompts = dataset("ab", prompt)
+    prompts.limit_length(12, "truncate_left")
+    assert prompts.texts[1].rstrip().endswith("istant:")
+
+
+# Conversations with their answer
+
+
+def test_the_answer_of_a_conversation_is_cut_and_counted(tmp_path, capsys):
+    rows = [
+        {"messages": [user("2+2?"), assistant("4")]},
+        {"messages": [user("a"), assistant("b"), user("c")]},
+        {"messages": [user("a"), assistant("b"), user("c"), assistant("d"), assistant("e")]},
+    ]
+    given = several(tmp_path, rows)
+    batch = only_batch(given)
+    asked = "user: a<eos>\nassistant: b<eos>\nuser: c<eos>\nassistant: "
+    assert batch.texts == texts_of(batch.tokens) == ["user: 2+2?<eos>\nassistant: ", asked, asked]
+    assert batch.prompts == [rows[0]["messages"][:1], rows[1]["messages"], rows[2]["messages"][:3]]
+    assert batch.columns["messages"] == [row["messages"] for row in rows]  # score functions see what the file has
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.startswith("2 of 3 prompts of") and "source0.jsonl end with the assistant's turn" in said
+    create_prompt_dataloader(given, byte_tokenizer(), rank=1, world_size=2)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_conversation_of_answers_alone_is_named_with_its_place():
+    with pytest.raises(ValueError, match=r"line 2, column 'prompt': the conversation has an answer and no prompt"):
+        dataset("a", [assistant("b")])
+
+
+def test_the_input_of_an_instruction_belongs_to_it(tmp_path):
+    rows = [{"instruction": "add", "input": "2 2", "output": "4"}, {"instruction": "go", "input": "", "output": "on"}]
+    batch = only_batch(several(tmp_path, rows))
+    assert batch.prompts == batch.texts == ["add\n\n2 2", "go"]
+    assert batch.columns["instruction"] == ["add", "go"]  # score functions see what the file has
+    assert only_batch(several(tmp_path, rows, prompt_column="instruction")).texts == ["add", "go"]
+
+
 # Batches
 
 
@@ -127,7 +196,7 @@ def test_a_batch_carries_its_columns_and_row_numbers():
 def test_every_column_of_any_row_is_there():
     rows = [{"prompt": "a"}, {"prompt": "b", "answer": "7"}]
     source = Source("mine.jsonl", rows, ["mine.jsonl, line 1", "mine.jsonl, line 2"])
-    assert PromptDataset([(source, "prompt")], byte_tokenizer()).batch([0, 1]).columns["answer"] == [None, "7"]
+    assert PromptDataset([source], byte_tokenizer()).batch([0, 1]).columns["answer"] == [None, "7"]
 
 
 def test_a_prompt_that_ends_with_eos_has_not_ended_as_text_or_as_tokens():

@@ -108,7 +108,7 @@ BAD_ROWS = [
         pytest.param(
             stage,
             [row(stage, prompt=LONG)] * 3,
-            r"3 of 3 rows of {file} exceed .*: dropping them leaves nothing\. Raise the limit\.",
+            r"3 of 3 (rows|pairs) of {file} exceed .*: dropping them leaves nothing\. Raise the limit\.",
             id=f"{stage} long",
         )
         for stage in tiny.STAGES
