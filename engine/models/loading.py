@@ -93,20 +93,21 @@ def number_of_labels(model_name_or_path: str) -> int | None:
     return config.num_labels if is_classifier else None
 
 
-def fingerprint(model_name_or_path: str) -> list[tuple[str, int, int]]:
-    """(file, bytes, time of the last change) of every file of a model: another one where the weights are others.
+def fingerprint(model_name_or_path: str) -> list[tuple[str, ...]]:
+    """Another one where the weights are others: (file, bytes, time of the last change) of every file of a folder;
+    (name, commit) of a model from the hub, whose files need not be here yet.
 
     Raises:
         ValueError: there is no such model.
     """
     folder = _found(model_name_or_path)
-    if not Path(folder).is_dir():  # a hub name: its files lie under the commit's hash
-        try:
-            folder = str(Path(cached_file(folder, "config.json")).parent)
-        except OSError as error:
-            raise ValueError(f"{model_name_or_path} is neither a model folder nor a known hub name: {error}") from error
-    files = sorted(path for path in Path(folder).iterdir() if path.is_file())
-    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    if Path(folder).is_dir():
+        files = sorted(path for path in Path(folder).iterdir() if path.is_file())
+        return [(str(path), str(path.stat().st_size), str(path.stat().st_mtime_ns)) for path in files]
+    try:
+        return [(folder, Path(cached_file(folder, "config.json")).parent.name)]  # .../snapshots/COMMIT/config.json
+    except OSError as error:
+        raise ValueError(f"{model_name_or_path} is neither a model folder nor a known hub name: {error}") from error
 
 
 def restore_rope(model: nn.Module) -> None:

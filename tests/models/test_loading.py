@@ -12,9 +12,10 @@ from tiny import GPT2, LLAMA, MODELS, OPT, QWEN2, score_head
 from tokenizers import processors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from engine.models import random_init
+from engine.models import loading, random_init
 from engine.models.loading import (
     exported_config,
+    fingerprint,
     load_pretrained,
     load_tokenizer,
     read_alike,
@@ -269,3 +270,24 @@ def test_tokenizers_that_do_not_read_alike(difference):
             single="<eos> $A", special_tokens=[(other.eos_token, other.eos_token_id)]
         )
     assert not read_alike(ours, other)
+
+
+# Whether two names stand for the same weights
+
+
+def test_a_folders_fingerprint_changes_with_its_files(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"1")
+    before = fingerprint(str(tmp_path))
+    assert before == fingerprint(str(tmp_path)) and len(before) == 2
+    (tmp_path / "model.safetensors").write_bytes(b"12")
+    assert fingerprint(str(tmp_path)) != before
+
+
+def test_a_hub_models_fingerprint_is_its_commit_whether_its_weights_are_here_or_not(tmp_path, monkeypatch):
+    snapshot = tmp_path / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    monkeypatch.setattr(loading, "cached_file", lambda name, file: str(snapshot / file))
+    before = fingerprint("someone/model")
+    (snapshot / "model.safetensors").write_bytes(b"1")
+    assert fingerprint("someone/model") == before == [("someone/model", "0123abc")]
