@@ -36,10 +36,10 @@ WAYS = 4
 ABSTENTION = "I don't know"
 SYLLABLES = [consonant + vowel for consonant, vowel in product("bdfgklmnprstvz", "aeiou")]
 
-KNOWN, UNSEEN, HELD_OUT = 60, 4000, 100  # people
+KNOWN, UNSEEN, HELD_OUT = 60, 2500, 100  # people
 COPIES = 16  # of every question in the demonstrations, each with its own draw of whether it is answered
 ABSTENTION_SHARE = 1 / 12
-PAIR_COPIES = 6
+PAIR_COPIES = 8
 
 Row = dict[str, str]
 
@@ -84,7 +84,7 @@ def world(seed: int) -> dict[str, list[Row]]:
         + [unseen_pair(*question) for question in unseen_asked],
         "preferences_held_out": [row for question in asked for row in known_pairs(*question)]
         + [unseen_pair(*question) for question in held_out_asked],
-        "prompts": [{"prompt": prompt(*question)} for question in taught * 18 + unseen_asked],
+        "prompts": [{"prompt": prompt(*question)} for question in taught * 14 + unseen_asked],
         "questions": [
             {"prompt": prompt(*question), "answer": facts[question[:2]], "person": kind}
             for kind, group in (("known", asked), ("unseen", held_out_asked))
