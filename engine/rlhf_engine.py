@@ -19,7 +19,7 @@ class DeepSpeedRLHFEngine:
     """Builds and owns actor, ref, critic and reward.
 
     Attributes:
-        actor, critic: trained engines.
+        actor, critic: trained engines; the critic is None where advantages need none (`args.advantage_estimator`).
         ref: frozen; the actor's starting point unless the config names another.
         reward: frozen; None when scores come from a function.
         tokenizer: the actor's.
@@ -29,7 +29,7 @@ class DeepSpeedRLHFEngine:
 
     actor: Engine
     ref: Engine
-    critic: Engine
+    critic: Engine | None
     reward: Engine | None
 
     def __init__(
@@ -60,7 +60,8 @@ class DeepSpeedRLHFEngine:
         scalar = dict(dtype=torch_dtype, pad_token_id=scoring_pad_token_id(tokenizer))
 
         with comm.same_error_everywhere():
-            self._check_vocabulary("critic", critic_model_name_or_path)
+            if args.has_critic:
+                self._check_vocabulary("critic", critic_model_name_or_path)
             if args.ref.model_name_or_path is not None:
                 self._check_vocabulary("ref", args.ref.model_name_or_path)
         self.actor = self._trained(
@@ -70,9 +71,10 @@ class DeepSpeedRLHFEngine:
             "ref",
             partial(load_language_model, args.ref.model_name_or_path or actor_model_name_or_path, dtype=torch_dtype),
         )
-        self.critic = self._trained(
-            "critic", args.critic, partial(load_critic, critic_model_name_or_path, seed=args.seed, **scalar)
-        )
+        self.critic = None
+        if args.has_critic:
+            build_critic = partial(load_critic, critic_model_name_or_path, seed=args.seed, **scalar)
+            self.critic = self._trained("critic", args.critic, build_critic)
         self.reward, self.reward_tokenizer = None, None
         if args.reward.model_name_or_path is not None:
             self.reward_tokenizer = load_tokenizer(args.reward.model_name_or_path)

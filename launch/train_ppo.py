@@ -43,7 +43,8 @@ def main() -> None:
     with tracker:
         trainer.train(prompts, num_iterations, tracker)
         export_huggingface(rlhf_engine.actor, output_dir / "actor", tokenizer)
-        export_huggingface(rlhf_engine.critic, output_dir / "critic", tokenizer)
+        if rlhf_engine.critic is not None:
+            export_huggingface(rlhf_engine.critic, output_dir / "critic", tokenizer)
     if comm.is_main():
         print(f"Done: {num_iterations} iterations. Metrics, samples and the exported actor and critic: {output_dir}")
     comm.shutdown()

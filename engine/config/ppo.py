@@ -10,6 +10,8 @@ from engine.config.data import DataConfig
 from engine.config.roles import CriticConfig, FrozenRoleConfig, RewardConfig, TrainedRoleConfig
 from engine.config.tracking import TrackingConfig
 
+AdvantageEstimator = Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
@@ -65,8 +67,21 @@ class PPOConfig:
         minibatch_size: responses per optimizer step, all GPUs.
         micro_batch_size: responses of full length per forward pass, one GPU. Shorter responses share a forward pass
             as long as they stay within the same number of tokens; gradient accumulation is derived.
-        kl_coef: of the per-token KL penalty between actor and ref in the reward.
+        advantage_estimator: `gae` with a critic, or one of the critic-free ones, which compare the responses to a
+            prompt (`rollout.samples_per_prompt` of them) or look at the rewards alone: no critic is then built.
+        advantage_whitening: shift and scale the advantages of an iteration; `auto` does so for `gae` and the two
+            `reinforce_plus_plus`.
+        kl_coef: of the per-token KL penalty between actor and ref.
+        kl_placement: the penalty is part of the rewards, or a term of the actor's loss (k2, k3 or full).
         kl_target, kl_horizon: of the adaptive controllers, in nats per response and in responses.
+        policy_loss: `clip`, or `penalty` on the KL to the policy that sampled, with a coefficient that begins at
+            `penalty_coef` and is doubled or halved to keep that KL near `penalty_target` nats per token.
+        loss_mean: every token weighs the same, or every response, or a constant number of tokens divides the sum.
+        target_kl: an iteration's epochs end early when a step's approximate KL to the policy that sampled exceeds so
+            many nats per token.
+        entropy_coef: of the mean entropy, which is taken off the loss.
+        importance_cap: correct for the difference between the distribution that tokens were drawn from and the
+            actor's (filters, precision) by their ratio, cut off here; no correction when not given.
         value_clip_range: around the values at rollout time.
         value_label: the critic's regression target.
         logits_chunk_tokens: so many tokens are projected to the vocabulary at a time.
@@ -95,13 +110,23 @@ class PPOConfig:
     micro_batch_size: int = 4
     ppo_epochs: int = 1
 
+    advantage_estimator: AdvantageEstimator = "gae"
+    advantage_whitening: Literal["auto", "global", "none"] = "auto"
     kl_coef: float = 0.05
+    kl_placement: Literal["reward", "loss"] = "reward"
     kl_estimator: Literal["full", "k1", "k2", "k3"] = "k1"
     kl_controller: Literal["fixed", "ziegler", "schulman"] = "fixed"
     kl_target: float = 6.0
     kl_horizon: float = 10_000
     gamma: float = 1.0
     lam: float = 0.95
+    policy_loss: Literal["clip", "penalty"] = "clip"
+    loss_mean: Literal["tokens", "responses", "constant"] = "tokens"
+    penalty_coef: float = 1.0
+    penalty_target: float = 0.01
+    target_kl: float | None = None
+    entropy_coef: float = 0.0
+    importance_cap: float | None = None
     clip_range: float = 0.2
     value_clip_range: float = 0.2
     value_label: Literal["gae", "monte_carlo", "temporal_difference"] = "gae"
@@ -124,8 +149,23 @@ class PPOConfig:
             at_least(name, getattr(self, name), 1)
         if self.num_iterations is not None:
             at_least("num_iterations", self.num_iterations, 1)
-        for name in ("kl_coef", "clip_range", "value_clip_range", "kl_target"):
+        for name in ("kl_coef", "clip_range", "value_clip_range", "kl_target", "penalty_coef", "entropy_coef"):
             at_least(name, getattr(self, name), 0)
+        if self.importance_cap is not None:
+            at_least("importance_cap", self.importance_cap, 1)
+        for name in ("penalty_target", "target_kl"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0 nats per token.")
+        if self.kl_placement == "loss" and self.kl_estimator == "k1":
+            raise ValueError(
+                "kl_placement=loss with kl_estimator=k1: the gradient of k1 is 0 on average, whatever the KL. Set "
+                "--kl_estimator k3, k2 or full."
+            )
+        if self.compares_responses and self.rollout.samples_per_prompt < 2:
+            raise ValueError(
+                f"advantage_estimator={self.advantage_estimator} compares the responses to a prompt: set "
+                f"--rollout.samples_per_prompt to 2 or more."
+            )
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1].")
@@ -167,6 +207,22 @@ class PPOConfig:
         rollout = next_multiple(self.rollout_batch_size, math.lcm(minibatch, self.rollout.samples_per_prompt))
         sizes = {"minibatch_size": minibatch, "rollout_batch_size": rollout}
         return "Try" + "".join(f" --{name} {size}" for name, size in sizes.items() if size != getattr(self, name)) + "."
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether advantages need values."""
+        return self.advantage_estimator == "gae"
+
+    @property
+    def compares_responses(self) -> bool:
+        """Whether advantages need several responses to each prompt."""
+        return self.advantage_estimator not in ("gae", "reinforce_plus_plus")
+
+    @property
+    def whitened(self) -> bool:
+        """Whether advantages are shifted and scaled over an iteration."""
+        by_default = self.advantage_estimator in ("gae", "reinforce_plus_plus", "reinforce_plus_plus_baseline")
+        return by_default if self.advantage_whitening == "auto" else self.advantage_whitening == "global"
 
     @property
     def prompts_per_iteration(self) -> int:

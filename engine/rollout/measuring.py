@@ -23,28 +23,34 @@ class Measurements:
     """(N,) fp32 on the CPU each: one number per response token, the same on every rank. As in `Experience`."""
 
     logprobs: Tensor
+    behaviour_logprobs: Tensor
     ref_logprobs: Tensor
     kl: Tensor
     entropy: Tensor
-    values: Tensor
+    values: Tensor | None  # None without a critic
 
 
 @torch.no_grad()
 def measure(
     sequences: Sequences,
+    behaviour_logprobs: Tensor,
     *,
     actor: Engine,
     ref: Engine,
-    critic: Engine,
+    critic: Engine | None,
     kl_estimator: str,
     temperature: float,
     chunk_tokens: int,
     token_budget: int,
 ) -> Measurements:
-    """Log-probs, KL and values of all responses. A collective."""
-    for engine in (actor, ref, critic):
+    """Log-probs, KL and values of all responses. A collective.
+
+    Args:
+        behaviour_logprobs: (N,) what the tokens were drawn with; from the rollout, handed through.
+    """
+    for engine in filter(None, (actor, ref, critic)):
         engine.eval()
-    names = ("logprobs", "ref_logprobs", "kl", "entropy", "values")
+    names = ("logprobs", "ref_logprobs", "kl", "entropy", *(() if critic is None else ("values",)))
     mine = {name: torch.zeros(sequences.num_response_tokens, device=comm.device()) for name in names}
     given = dict(temperature=temperature, chunk_tokens=chunk_tokens)
     for batch in my_micro_batches(sequences, token_budget=token_budget):
@@ -60,9 +66,12 @@ def measure(
             mine["kl"][at] = _full_kl(actor, ref, ours.hidden, theirs.hidden, given)
         else:
             mine["kl"][at] = sampled_kl(ours.logprobs, theirs.logprobs, estimator=kl_estimator)
-        mine["values"][at] = critic(batch.input_ids, batch.positions)
+        if critic is not None:
+            mine["values"][at] = critic(batch.input_ids, batch.positions)
     together = comm.sum_over_ranks(torch.stack([mine[name] for name in names])).cpu()
-    return Measurements(**dict(zip(names, together, strict=True)))
+    return Measurements(
+        **{"behaviour_logprobs": behaviour_logprobs, "values": None} | dict(zip(names, together, strict=True))
+    )
 
 
 def reward_model_scores(sequences: Sequences, reward: Engine, *, token_budget: int) -> Tensor:
@@ -71,6 +80,12 @@ def reward_model_scores(sequences: Sequences, reward: Engine, *, token_budget: i
     return one_number_per_row(
         lambda batch: reward(batch.input_ids, batch.last_positions), sequences, token_budget=token_budget
     )
+
+
+def per_token_of_all_ranks(mine: list[list[float]]) -> Tensor:
+    """(N,) fp32 on the CPU: the ranks' numbers of their response tokens, rank 0's first. A collective."""
+    flat = torch.tensor([number for row in mine for number in row], dtype=torch.float32, device=comm.device())
+    return comm.concatenated(flat).cpu()
 
 
 def sequences_of_all_ranks(mine: Sequences) -> Sequences:

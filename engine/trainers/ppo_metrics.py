@@ -65,13 +65,11 @@ class StepStatistics:
         }
 
 
-MEANS_OF_STEPS = (
-    *("loss/policy", "loss/value", "policy/clip_fraction", "policy/approx_kl", "value/clip_fraction"),
-    *("grad_norm/actor", "grad_norm/critic"),
-)
+MEANS_OF_STEPS = ("loss/policy", "policy/clip_fraction", "policy/approx_kl", "grad_norm/actor")
+MEANS_OF_CRITIC_STEPS = ("loss/value", "value/clip_fraction", "grad_norm/critic")
 
 
-def step_metrics(steps: list[dict[str, float]]) -> dict[str, float]:
+def step_metrics(steps: list[dict[str, float]], *, has_critic: bool) -> dict[str, float]:
     """An iteration's optimizer steps: means over tokens; `policy/ratio_max` is the largest ratio of all steps and
     `policy/first_log_ratio_max` the largest |log ratio| of the first, which is 0 but for rounding; learning rates are
     those of the last. NaN when every step was skipped.
@@ -79,12 +77,15 @@ def step_metrics(steps: list[dict[str, float]]) -> dict[str, float]:
     tokens = sum(step["tokens"] for step in steps)
     means = {
         name: sum(step[name] * step["tokens"] for step in steps) / tokens if steps else math.nan
-        for name in MEANS_OF_STEPS
+        for name in (*MEANS_OF_STEPS, *(MEANS_OF_CRITIC_STEPS if has_critic else ()))
     }
     return means | {
         "policy/ratio_max": max(step["policy/ratio_max"] for step in steps) if steps else math.nan,
         "policy/first_log_ratio_max": steps[0]["policy/log_ratio_max"] if steps else math.nan,
-        **{name: steps[-1][name] if steps else math.nan for name in ("lr/actor", "lr/critic")},
+        **{
+            name: steps[-1][name] if steps else math.nan
+            for name in ("lr/actor", *(["lr/critic"] if has_critic else []))
+        },
     }
 
 
@@ -105,10 +106,16 @@ def experience_metrics(experience: Experience, *, eos_token_ids: list[int]) -> d
         "kl/ref_mean": kl_per_response,
         "kl/coef": experience.kl_coef,
         "policy/entropy": experience.entropy.mean().item() if len(experience.entropy) else 0.0,
-        "value/explained_variance": explained_variance(experience.values, experience.returns),
+        **_of_values(experience),
         "response/length_mean": lengths.float().mean().item(),
         "response/eos_fraction": ended.float().mean().item(),
     }
+
+
+def _of_values(experience: Experience) -> dict[str, float]:
+    if experience.values is None:
+        return {}
+    return {"value/explained_variance": explained_variance(experience.values, experience.returns)}
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:

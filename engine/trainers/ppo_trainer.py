@@ -8,6 +8,7 @@ the parts are put together. All that follows (whitening, minibatches, metrics, t
 computed from the same numbers everywhere and needs no further agreement.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from engine.algorithms.kl import schulman_kl_coef, ziegler_kl_coef
-from engine.algorithms.losses import clipped_policy_loss, clipped_value_loss
+from engine.algorithms.losses import clipped_value_loss
 from engine.config import PPOConfig
 from engine.data import PromptBatch
 from engine.data.batches import endlessly
@@ -30,10 +31,11 @@ from engine.distributed.optimization import accumulate, step_together
 from engine.models.loading import vocabulary_size
 from engine.rlhf_engine import DeepSpeedRLHFEngine
 from engine.rollout.experience import Experience, shaped_experience
-from engine.rollout.generation import Sampling, eos_token_ids_of, generate_responses, noise_of_rows
-from engine.rollout.measuring import measure, reward_model_scores, sequences_of_all_ranks
+from engine.rollout.generation import Responses, Sampling, eos_token_ids_of, noise_of_rows, sampled_responses
+from engine.rollout.measuring import measure, per_token_of_all_ranks, reward_model_scores, sequences_of_all_ranks
 from engine.rollout.scoring import load_score_function, scores_of_function, sequences_for_another_tokenizer
 from engine.tracking import Tracker
+from engine.trainers.policy_objective import PolicyObjective
 from engine.trainers.ppo_metrics import StepStatistics, experience_metrics, step_metrics
 
 # Which settings decide a phase's memory.
@@ -53,6 +55,7 @@ class Progress:
 
     iteration: int = 0  # the one under way, or the last; from 1
     kl_coef: float = 0.0  # for the next experience
+    penalty_coef: float = 0.0  # for the next experience's steps
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
 
@@ -82,7 +85,7 @@ class DeepSpeedPPOTrainer:
             vocabulary_size=vocabulary_size(self.tokenizer),
         )
         self.eos_token_ids = eos_token_ids_of(self.actor.module.model, self.tokenizer)
-        self.progress = Progress(kl_coef=args.kl_coef)
+        self.progress = Progress(kl_coef=args.kl_coef, penalty_coef=args.penalty_coef)
         self.seconds: dict[str, float] = {}
         self.steps: list[dict[str, float]] = []
         self.samples: list[dict[str, Any]] = []
@@ -108,11 +111,13 @@ class DeepSpeedPPOTrainer:
         self.progress.iteration += 1
         prompts = prompts.repeated(self.config.rollout.samples_per_prompt)
         with self._timed("generate"):
-            responses = self.generate(prompts)
+            responses, logprobs = self.sample(prompts)
             sequences = sequences_of_all_ranks(Sequences.of(prompts.tokens, responses))
+            behaviour_logprobs = per_token_of_all_ranks(logprobs)
         with self._timed("score"):
             measured = measure(
                 sequences,
+                behaviour_logprobs,
                 actor=self.actor,
                 ref=self.ref,
                 critic=self.critic,
@@ -127,6 +132,10 @@ class DeepSpeedPPOTrainer:
                 scores,
                 measured,
                 kl_coef=self.progress.kl_coef,
+                kl_placement=self.config.kl_placement,
+                advantage_estimator=self.config.advantage_estimator,
+                whitened=self.config.whitened,
+                group_size=self.config.rollout.samples_per_prompt,
                 gamma=self.config.gamma,
                 lam=self.config.lam,
                 value_label=self.config.value_label,
@@ -135,8 +144,8 @@ class DeepSpeedPPOTrainer:
         self.progress.kl_coef = self.next_kl_coef(experience)
         return experience
 
-    def generate(self, prompts: PromptBatch) -> list[list[int]]:
-        """One response (token ids) to each of this rank's prompts. A collective under ZeRO-3."""
+    def sample(self, prompts: PromptBatch) -> Responses:
+        """One response to each of this rank's prompts, drawn with this iteration's noise. A collective under ZeRO-3."""
         config = self.config.rollout
         sharded = config.weights == "sharded"
         keys = [
@@ -144,7 +153,7 @@ class DeepSpeedPPOTrainer:
             for row, prompt_id in enumerate(prompts.ids)
         ]
         with sharded_for_generation(self.actor) if sharded else gathered_for_generation(self.actor) as whole:
-            return generate_responses(
+            return sampled_responses(
                 whole.model,
                 prompts.tokens,
                 noise_of_rows(keys, config.max_response_tokens),
@@ -192,7 +201,10 @@ class DeepSpeedPPOTrainer:
             for _ in range(self.config.ppo_epochs):
                 for minibatch in experience.minibatches(self.config.minibatch_size, rng):
                     self.train_rlhf(minibatch)
+                if self._far_enough():
+                    break
         self._warn_of_another_policy()
+        self.progress.penalty_coef = self.next_penalty_coef()
 
     def train_rlhf(self, experience: Experience) -> tuple[float, float]:
         """One optimizer step of the actor and one of the critic on these responses: on all ranks, or on none.
@@ -202,7 +214,7 @@ class DeepSpeedPPOTrainer:
 
         Returns:
             (actor_loss, critic_loss), means over the whole experience; NaN when the step was skipped because
-            something was not finite.
+            something was not finite. Without a critic its loss is 0.
 
         Raises:
             RuntimeError: `max_skipped_steps` steps in a row were skipped.
@@ -212,13 +224,15 @@ class DeepSpeedPPOTrainer:
             return self._skip("no response tokens" if count == 0 else experience.not_finite)
         step = StepStatistics(count, clip_range=self.config.clip_range, value_clip_range=self.config.value_clip_range)
         self._backward_actor(experience, step)
-        self._backward_critic(experience, step)
-        rates = {"lr/actor": self.actor.get_lr()[0], "lr/critic": self.critic.get_lr()[0]}  # the step moves them on
-        norms = step_together([self.actor, self.critic], healthy=step.losses_are_finite)
+        if self.critic is not None:
+            self._backward_critic(experience, step)
+        trained = {role: engine for role in ("actor", "critic") if (engine := getattr(self, role)) is not None}
+        rates = {f"lr/{role}": engine.get_lr()[0] for role, engine in trained.items()}  # the step moves them on
+        norms = step_together(list(trained.values()), healthy=step.losses_are_finite)
         if norms is None:
             return self._skip("a loss or a gradient that is not finite")
         self.progress.skipped_in_a_row = 0
-        metrics = step.over_ranks() | rates | dict(zip(("grad_norm/actor", "grad_norm/critic"), norms, strict=True))
+        metrics = step.over_ranks() | rates | {f"grad_norm/{role}": n for role, n in zip(trained, norms, strict=True)}
         self.steps.append(metrics)
         return metrics["loss/policy"], metrics["loss/value"]
 
@@ -227,7 +241,7 @@ class DeepSpeedPPOTrainer:
         response_tokens = experience.sequences.num_response_tokens
         return {
             **experience_metrics(experience, eos_token_ids=self.eos_token_ids),
-            **step_metrics(self.steps),
+            **step_metrics(self.steps, has_critic=self.critic is not None),
             "skipped/steps": self.progress.skipped_steps,
             **{f"time/{phase}_s": seconds for phase, seconds in self.seconds.items()},
             "speed/response_tokens_per_s": response_tokens / sum(self.seconds.values()),
@@ -245,7 +259,21 @@ class DeepSpeedPPOTrainer:
             coef, kl, target=config.kl_target, horizon=config.kl_horizon, num_responses=len(experience)
         )
 
+    def next_penalty_coef(self) -> float:
+        """The coefficient of `policy_loss: penalty` after an iteration with these steps."""
+        coef, kl = self.progress.penalty_coef, step_metrics(self.steps, has_critic=False)["policy/approx_kl"]
+        if self.config.policy_loss == "clip" or not math.isfinite(kl):
+            return coef
+        return schulman_kl_coef(coef, kl, target=self.config.penalty_target)
+
+    def _far_enough(self) -> bool:
+        """Whether the last step saw the actor further from the policy that sampled than `target_kl` allows."""
+        target = self.config.target_kl
+        return target is not None and bool(self.steps) and self.steps[-1]["policy/approx_kl"] > target
+
     def _backward_actor(self, experience: Experience, step: StepStatistics) -> None:
+        coefs = dict(kl_coef=experience.kl_coef, penalty_coef=self.progress.penalty_coef)
+        objective = PolicyObjective(self.config, experience, ref=self.ref, **coefs)
         self.actor.train()
         for batch, last in marking_last(my_micro_batches(experience.sequences, token_budget=self._token_budget)):
             new = self.actor(
@@ -254,11 +282,11 @@ class DeepSpeedPPOTrainer:
                 batch.targets,
                 temperature=self.config.rollout.temperature,
                 chunk_tokens=self.config.logits_chunk_tokens,
+                with_entropy=self.config.entropy_coef > 0,
             )
+            loss = objective.loss(self.actor, new, batch)
             logprobs, advantages = experience.of(batch, "logprobs"), experience.of(batch, "advantages")
-            given = (new.logprobs, logprobs, advantages, torch.ones_like(logprobs, dtype=torch.bool))
-            loss = clipped_policy_loss(*given, clip_range=self.config.clip_range, count=step.count)
-            step.add_policy(loss, *given)
+            step.add_policy(loss, new.logprobs, logprobs, advantages, torch.ones_like(logprobs, dtype=torch.bool))
             accumulate(self.actor, loss, last=last)
 
     def _backward_critic(self, experience: Experience, step: StepStatistics) -> None:

@@ -58,13 +58,14 @@ def train(config: PPOConfig, keep_weights: bool = False) -> dict[str, Any]:
     frozen = [engine for engine in (trainer.ref, trainer.reward) if engine]
     log, before = Log(), [digest(engine) for engine in frozen]
     trainer.train(prompts, config.num_iterations, log)
+    trained = {role: engine for role in ("actor", "critic") if (engine := getattr(trainer, role)) is not None}
     result = {
         "metrics": log.metrics,
         "samples": log.samples,
         "frozen": [digest(engine) for engine in frozen] == before and len(before),
-        "actor": digest(trainer.actor),
-        "critic": digest(trainer.critic),
+        "steps": len(trainer.steps),
+        **{role: digest(engine) for role, engine in trained.items()},
     }
     if keep_weights:
-        result["weights"] = {"actor": weights(trainer.actor), "critic": weights(trainer.critic)}
+        result["weights"] = {role: weights(engine) for role, engine in trained.items()}
     return result

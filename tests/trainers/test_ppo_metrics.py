@@ -83,7 +83,7 @@ def test_steps_are_weighted_by_their_tokens_and_extremes_are_not_averaged():
     steps = [
         step | {"lr/actor": rate, "lr/critic": 2 * rate} for step, rate in zip(steps, (3.0, 2.0, 1.0), strict=True)
     ]
-    assert step_metrics(steps) == pytest.approx(
+    assert step_metrics(steps, has_critic=True) == pytest.approx(
         others
         | {
             "loss/policy": (10 + 90 - 60) / 100,
@@ -111,6 +111,6 @@ def test_the_largest_ratio_is_not_that_of_the_largest_distance():
 
 def test_without_steps_every_name_is_there_and_not_a_number():
     """Every step of the iteration was skipped: nothing is known, and readers find the columns they expect."""
-    seen = step_metrics([])
+    seen = step_metrics([], has_critic=True)
     assert {"loss/policy", "loss/value", "policy/ratio_max", "grad_norm/critic"} <= seen.keys()
     assert all(math.isnan(value) for value in seen.values())
