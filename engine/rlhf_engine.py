@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from engine.config import PPOConfig, TrainedRoleConfig, resolved_dtype
 from engine.distributed import comm
 from engine.distributed.initialize import Engine, frozen_engine, trained_engine
+from engine.distributed.moving_average import MovingAverage
 from engine.models.language_model import load_language_model
 from engine.models.loading import load_tokenizer, read_alike, vocabulary_size
 from engine.models.scalar_head import load_critic, load_reward_model, scoring_pad_token_id
@@ -20,6 +21,7 @@ class DeepSpeedRLHFEngine:
 
     Attributes:
         actor, critic: trained engines; the critic is None where advantages need none (`args.advantage_estimator`).
+        actor_ema: the moving average of the actor's weights; None without `args.ema_decay`.
         ref: frozen; the actor's starting point unless the config names another.
         reward: frozen; None when scores come from a function.
         tokenizer: the actor's.
@@ -28,6 +30,7 @@ class DeepSpeedRLHFEngine:
     """
 
     actor: Engine
+    actor_ema: MovingAverage | None
     ref: Engine
     critic: Engine | None
     reward: Engine | None
@@ -71,6 +74,7 @@ class DeepSpeedRLHFEngine:
             "ref",
             partial(load_language_model, args.ref.model_name_or_path or actor_model_name_or_path, dtype=torch_dtype),
         )
+        self.actor_ema = None if args.ema_decay is None else MovingAverage(self.actor, decay=args.ema_decay)
         self.critic = None
         if args.has_critic:
             build_critic = partial(load_critic, critic_model_name_or_path, seed=args.seed, **scalar)

@@ -43,6 +43,8 @@ def main() -> None:
     with tracker:
         trainer.train(prompts, num_iterations, tracker)
         export_huggingface(rlhf_engine.actor, output_dir / "actor", tokenizer)
+        if rlhf_engine.actor_ema is not None:
+            export_huggingface(rlhf_engine.actor, output_dir / "actor_ema", tokenizer, rlhf_engine.actor_ema)
         if rlhf_engine.critic is not None:
             export_huggingface(rlhf_engine.critic, output_dir / "critic", tokenizer)
     if comm.is_main():

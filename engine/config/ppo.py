@@ -84,6 +84,8 @@ class PPOConfig:
             actor's (filters, precision) by their ratio, cut off here; no correction when not given.
         value_clip_range: around the values at rollout time.
         value_label: the critic's regression target.
+        ema_decay: of an exponential moving average of the actor's weights, taken after every optimizer step and
+            exported as `actor_ema`; no average when not given.
         logits_chunk_tokens: so many tokens are projected to the vocabulary at a time.
         max_skipped_steps: so many steps skipped in a row for numbers that are not finite stop the run.
         distributed_timeout_s: a rank that waits longer for the others gives up.
@@ -131,6 +133,7 @@ class PPOConfig:
     value_clip_range: float = 0.2
     value_label: Literal["gae", "monte_carlo", "temporal_difference"] = "gae"
 
+    ema_decay: float | None = None
     logits_chunk_tokens: int = 1024
     max_skipped_steps: int = 16
     distributed_timeout_s: int = 1800
@@ -166,6 +169,8 @@ class PPOConfig:
                 f"advantage_estimator={self.advantage_estimator} compares the responses to a prompt: set "
                 f"--rollout.samples_per_prompt to 2 or more."
             )
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay} must be at least 0 and below 1.")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1].")

@@ -65,7 +65,7 @@ class DeepSpeedPPOTrainer:
 
     def __init__(self, rlhf_engine: DeepSpeedRLHFEngine, args: PPOConfig):
         self.config, self.tokenizer = args, rlhf_engine.tokenizer
-        self.actor, self.ref = rlhf_engine.actor, rlhf_engine.ref
+        self.actor, self.actor_ema, self.ref = rlhf_engine.actor, rlhf_engine.actor_ema, rlhf_engine.ref
         self.critic, self.reward = rlhf_engine.critic, rlhf_engine.reward
         self.reward_tokenizer = rlhf_engine.reward_tokenizer if rlhf_engine.reward_reads_text else None
         if self.reward_tokenizer is not None and comm.is_main():
@@ -232,6 +232,8 @@ class DeepSpeedPPOTrainer:
         if norms is None:
             return self._skip("a loss or a gradient that is not finite")
         self.progress.skipped_in_a_row = 0
+        if self.actor_ema is not None:
+            self.actor_ema.update()
         metrics = step.over_ranks() | rates | {f"grad_norm/{role}": n for role, n in zip(trained, norms, strict=True)}
         self.steps.append(metrics)
         return metrics["loss/policy"], metrics["loss/value"]
