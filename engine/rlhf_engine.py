@@ -1,5 +1,6 @@
 """The four models of RLHF, each under its own ZeRO strategy."""
 
+import math
 from functools import partial
 from typing import Literal
 
@@ -147,7 +148,7 @@ class DeepSpeedRLHFEngine:
                     f"The {role} embeds {model_config.vocab_size} tokens and the tokenizer has {vocabulary}: some ids "
                     f"would be out of range."
                 )
-            positions = getattr(model_config, "max_position_embeddings", longest)  # ALiBi models have no limit
+            positions = getattr(model_config, "max_position_embeddings", math.inf)  # ALiBi models have no limit
             if role == "ref" and self.args.kl_estimator == "full":
                 actors = self.actor.module.model.config.get_text_config().vocab_size
                 if model_config.vocab_size != actors:
@@ -159,4 +160,9 @@ class DeepSpeedRLHFEngine:
                 raise ValueError(
                     f"The {role} was made for sequences of {positions} tokens, and "
                     f"data.max_prompt_tokens + rollout.max_response_tokens = {longest}. Lower one of them."
+                )
+            if role == "actor" and self.args.pretraining and positions < self.args.pretraining.data.max_length:
+                raise ValueError(
+                    f"The actor was made for sequences of {positions} tokens, and pretraining.data.max_length = "
+                    f"{self.args.pretraining.data.max_length}. Lower it."
                 )

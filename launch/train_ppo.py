@@ -9,7 +9,7 @@ exported actor/ and critic/ to the output folder. Leaves out: resuming (a run th
 from pathlib import Path
 
 from engine.config import PPOConfig, parse, run
-from engine.data import create_datasets
+from engine.data import create_datasets, create_pretraining_dataset
 from engine.distributed import comm
 from engine.distributed.checkpoint import export_huggingface
 from engine.models.loading import load_tokenizer
@@ -29,6 +29,9 @@ def main() -> None:
             load_score_function(config.reward.function)  # a wrong name is told before models are built
         tokenizer = load_tokenizer(actor_name, chat_template=config.data.chat_template)
         prompts, num_iterations = create_datasets(args=config, tokenizer=tokenizer, train_phase=3)
+        pretraining = create_pretraining_dataset(config, tokenizer)
+    if pretraining is not None:
+        comm.check_same_everywhere({"the demonstrations": pretraining.dataset.examples.digest})
     comm.check_same_everywhere({"the prompts": prompts.dataset.digest})
     rlhf_engine = DeepSpeedRLHFEngine(
         actor_model_name_or_path=actor_name,
@@ -37,7 +40,7 @@ def main() -> None:
         num_total_iters=num_iterations,
         args=config,
     )
-    trainer = DeepSpeedPPOTrainer(rlhf_engine, config)
+    trainer = DeepSpeedPPOTrainer(rlhf_engine, config, pretraining)
     with comm.same_error_everywhere():
         tracker = Tracker(config, num_iterations=num_iterations, is_main=comm.is_main())
     with tracker:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import (
+    CriticConfig,
     DataConfig,
     DemonstrationDataConfig,
     DPOConfig,
@@ -127,7 +128,7 @@ def ppo_config(folder: Path, *, model: str = LLAMA, prompts: list[str] | None = 
             run[name] = value
     classes = dict(
         actor=TrainedRoleConfig,
-        critic=TrainedRoleConfig,
+        critic=CriticConfig,
         ref=FrozenRoleConfig,
         reward=RewardConfig,
         data=DataConfig,

@@ -7,7 +7,7 @@ refused. How memory is sharded is not here but in `ds_configs/`.
 from engine.config.checks import DS_CONFIGS
 from engine.config.command_line import as_dict, parse, run
 from engine.config.data import DataConfig, DemonstrationDataConfig, PreferenceDataConfig
-from engine.config.ppo import PPOConfig, RolloutConfig
+from engine.config.ppo import PPOConfig, PretrainingConfig, RolloutConfig
 from engine.config.roles import (
     CriticConfig,
     FrozenRoleConfig,
@@ -29,6 +29,7 @@ __all__ = [
     "OptimizerConfig",
     "PPOConfig",
     "PreferenceDataConfig",
+    "PretrainingConfig",
     "RewardConfig",
     "RewardModelConfig",
     "RolloutConfig",

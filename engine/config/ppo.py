@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from engine.config.checks import at_least, ds_config_of, next_multiple
-from engine.config.data import DataConfig
+from engine.config.data import DataConfig, DemonstrationDataConfig
 from engine.config.roles import CriticConfig, FrozenRoleConfig, RewardConfig, TrainedRoleConfig
 from engine.config.tracking import TrackingConfig
 
@@ -54,6 +54,25 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PretrainingConfig:
+    """A language-model loss beside PPO's, so that the actor forgets less (PPO-ptx; Ouyang et al. 2022,
+    https://arxiv.org/abs/2203.02155, eq. 2).
+
+    Attributes:
+        data: demonstrations; every optimizer step takes `minibatch_size` of them.
+        coef: of their mean negative log-likelihood per token.
+        loss_on: the tokens that are learned: of the `response`, or of the whole `sequence`.
+    """
+
+    data: DemonstrationDataConfig
+    coef: float
+    loss_on: Literal["response", "sequence"] = "sequence"
+
+    def __post_init__(self):
+        at_least("pretraining.coef", self.coef, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PPOConfig:
     """One PPO run (Schulman et al. 2017; Ouyang et al. 2022).
 
@@ -98,6 +117,7 @@ class PPOConfig:
     ref: FrozenRoleConfig = field(default_factory=FrozenRoleConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    pretraining: PretrainingConfig | None = None
 
     output_dir: str
     seed: int = 0
@@ -243,6 +263,11 @@ class PPOConfig:
     def micro_batch_tokens(self) -> int:
         """Tokens of one padded forward pass: `micro_batch_size` sequences of full length."""
         return self.micro_batch_size * (self.data.max_prompt_tokens + self.rollout.max_response_tokens)
+
+    @property
+    def pretraining_tokens(self) -> int:
+        """Tokens of one forward pass over demonstrations: as many as over responses, or one of full length."""
+        return max(self.micro_batch_tokens, self.pretraining.data.max_length)
 
     @property
     def rollout_micro_batch_size(self) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor
 from engine.algorithms.kl import schulman_kl_coef, ziegler_kl_coef
 from engine.algorithms.losses import clipped_value_loss
 from engine.config import PPOConfig
-from engine.data import PromptBatch
+from engine.data import Examples, PromptBatch
 from engine.data.batches import endlessly
 from engine.data.sequences import Sequences
 from engine.distributed import comm
@@ -36,7 +36,13 @@ from engine.rollout.measuring import measure, per_token_of_all_ranks, reward_mod
 from engine.rollout.scoring import load_score_function, scores_of_function, sequences_for_another_tokenizer
 from engine.tracking import Tracker
 from engine.trainers.policy_objective import PolicyObjective
-from engine.trainers.ppo_metrics import StepStatistics, experience_metrics, step_metrics
+from engine.trainers.ppo_metrics import (
+    OF_CRITIC,
+    OF_PRETRAINING,
+    StepStatistics,
+    experience_metrics,
+    step_metrics,
+)
 
 # Which settings decide a phase's memory.
 SMALLER = {
@@ -63,7 +69,13 @@ class Progress:
 class DeepSpeedPPOTrainer:
     """Alternates `generate_experience` and `train_rlhf` on the models of a `DeepSpeedRLHFEngine`."""
 
-    def __init__(self, rlhf_engine: DeepSpeedRLHFEngine, args: PPOConfig):
+    def __init__(
+        self, rlhf_engine: DeepSpeedRLHFEngine, args: PPOConfig, pretraining: Iterable[Examples] | None = None
+    ):
+        """
+        Args:
+            pretraining: minibatches of demonstrations, of all ranks, for `args.pretraining`.
+        """
         self.config, self.tokenizer = args, rlhf_engine.tokenizer
         self.actor, self.actor_ema, self.ref = rlhf_engine.actor, rlhf_engine.actor_ema, rlhf_engine.ref
         self.critic, self.reward = rlhf_engine.critic, rlhf_engine.reward
@@ -85,6 +97,7 @@ class DeepSpeedPPOTrainer:
             vocabulary_size=vocabulary_size(self.tokenizer),
         )
         self.eos_token_ids = eos_token_ids_of(self.actor.module.model, self.tokenizer)
+        self.pretraining = None if pretraining is None else endlessly(pretraining)
         self.progress = Progress(kl_coef=args.kl_coef, penalty_coef=args.penalty_coef)
         self.seconds: dict[str, float] = {}
         self.steps: list[dict[str, float]] = []
@@ -243,7 +256,7 @@ class DeepSpeedPPOTrainer:
         response_tokens = experience.sequences.num_response_tokens
         return {
             **experience_metrics(experience, eos_token_ids=self.eos_token_ids),
-            **step_metrics(self.steps, has_critic=self.critic is not None),
+            **step_metrics(self.steps, left_out=self._left_out),
             "skipped/steps": self.progress.skipped_steps,
             **{f"time/{phase}_s": seconds for phase, seconds in self.seconds.items()},
             "speed/response_tokens_per_s": response_tokens / sum(self.seconds.values()),
@@ -263,7 +276,7 @@ class DeepSpeedPPOTrainer:
 
     def next_penalty_coef(self) -> float:
         """The coefficient of `policy_loss: penalty` after an iteration with these steps."""
-        coef, kl = self.progress.penalty_coef, step_metrics(self.steps, has_critic=False)["policy/approx_kl"]
+        coef, kl = self.progress.penalty_coef, step_metrics(self.steps, left_out=self._left_out)["policy/approx_kl"]
         if self.config.policy_loss == "clip" or not math.isfinite(kl):
             return coef
         return schulman_kl_coef(coef, kl, target=self.config.penalty_target)
@@ -277,6 +290,7 @@ class DeepSpeedPPOTrainer:
         coefs = dict(kl_coef=experience.kl_coef, penalty_coef=self.progress.penalty_coef)
         objective = PolicyObjective(self.config, experience, ref=self.ref, **coefs)
         self.actor.train()
+        self._backward_pretraining(step)  # its gradients add up to the policy's
         for batch, last in marking_last(my_micro_batches(experience.sequences, token_budget=self._token_budget)):
             new = self.actor(
                 batch.input_ids,
@@ -290,6 +304,17 @@ class DeepSpeedPPOTrainer:
             logprobs, advantages = experience.of(batch, "logprobs"), experience.of(batch, "advantages")
             step.add_policy(loss, new.logprobs, logprobs, advantages, torch.ones_like(logprobs, dtype=torch.bool))
             accumulate(self.actor, loss, last=last)
+
+    def _backward_pretraining(self, step: StepStatistics) -> None:
+        if self.pretraining is None:
+            return
+        sequences = next(self.pretraining).sequences
+        for batch in my_micro_batches(sequences, token_budget=self.config.pretraining_tokens):
+            given = dict(temperature=1.0, chunk_tokens=self.config.logits_chunk_tokens)
+            logprobs = self.actor(batch.input_ids, batch.positions, batch.targets, **given).logprobs
+            loss = -logprobs.sum() / sequences.num_response_tokens
+            step.pretraining_loss += loss.item()
+            accumulate(self.actor, self.config.pretraining.coef * loss, last=False)
 
     def _backward_critic(self, experience: Experience, step: StepStatistics) -> None:
         self.critic.train()
@@ -343,6 +368,11 @@ class DeepSpeedPPOTrainer:
             }
             for row, text in enumerate(self._texts(responses[:few]))
         ]
+
+    @property
+    def _left_out(self) -> tuple[str, ...]:
+        """Metrics that this run does not have."""
+        return (*(OF_CRITIC if self.critic is None else ()), *(OF_PRETRAINING if self.pretraining is None else ()))
 
     @property
     def _token_budget(self) -> int:

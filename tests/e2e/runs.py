@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from engine.config import PPOConfig
-from engine.data import create_datasets
+from engine.data import create_datasets, create_pretraining_dataset
 from engine.distributed.gather import gathered
 from engine.models.loading import load_tokenizer
 from engine.rlhf_engine import DeepSpeedRLHFEngine
@@ -32,7 +32,7 @@ def build(config: PPOConfig) -> tuple[DeepSpeedPPOTrainer, Any]:
     tokenizer = load_tokenizer(config.model_of("actor"))
     prompts, num_iterations = create_datasets(config, tokenizer, train_phase=3)
     engine = DeepSpeedRLHFEngine(config.model_of("actor"), config.model_of("critic"), tokenizer, num_iterations, config)
-    return DeepSpeedPPOTrainer(engine, config), prompts
+    return DeepSpeedPPOTrainer(engine, config, create_pretraining_dataset(config, tokenizer)), prompts
 
 
 def weights(engine) -> dict[str, torch.Tensor]:

@@ -2,8 +2,11 @@
 
 import pytest
 import tiny
+import yaml
 from runs import train
 from test_laws import furthest
+
+from engine.config import DemonstrationDataConfig, PPOConfig, PretrainingConfig, as_dict, parse
 
 GROUPS = dict(rollout__samples_per_prompt=4, seed=2)
 MODES = {
@@ -68,3 +71,38 @@ def test_epochs_end_early_when_the_actor_is_far_enough(run_ranks, ppo_config):
     given = dict(ppo_epochs=4, num_iterations=1, zero_stage=0)
     far, near = (run_ranks(train, ppo_config(**given, target_kl=target))[0]["steps"] for target in (1e-9, 1e9))
     assert (far, near) == (2, 8)
+
+
+# Demonstrations beside the responses
+
+
+def mixed(folder, coef, **given):
+    """A PPO config with a language-model loss on seven demonstrations."""
+    rows = tiny.write_rows(folder / "demonstrations.jsonl", tiny.DEMONSTRATIONS)
+    data = DemonstrationDataConfig(train=rows, max_prompt_tokens=32, max_length=64)
+    return tiny.ppo_config(folder, pretraining=PretrainingConfig(data=data, coef=coef), **given)
+
+
+def test_demonstrations_are_learned_beside_ppo_whatever_the_ranks(run_ranks, tmp_path):
+    plain = run_ranks(train, mixed(tmp_path, 0.5, zero_stage=0))[0]["metrics"]
+    assert plain[-1]["loss/pretraining"] < plain[0]["loss/pretraining"] - 0.1
+    for world_size, kind, micro_batch_size in ((2, "strict", 1), (1, 2, 4)):
+        config = mixed(tmp_path, 0.5, micro_batch_size=micro_batch_size, **tiny.sharding(kind, tmp_path))
+        assert furthest(run_ranks(train, config, world_size=world_size)[0]["metrics"], plain) < 1e-5
+
+
+def test_with_coefficient_0_demonstrations_change_nothing(run_ranks, ppo_config, tmp_path):
+    """But for rounding: their gradients are zeros."""
+    with_them, without = (
+        run_ranks(train, c)[0] for c in (mixed(tmp_path, 0.0, zero_stage=0), ppo_config(zero_stage=0))
+    )
+    shared = [{name: line[name] for name in line if name != "loss/pretraining"} for line in with_them["metrics"]]
+    assert furthest(shared, without["metrics"]) < 1e-6
+
+
+def test_the_mixture_is_set_from_the_command_line(tmp_path):
+    config = mixed(tmp_path, 0.25)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(as_dict(config)))
+    assert parse(PPOConfig, ["--config", str(recipe)]) == config
+    assert parse(PPOConfig, ["--config", str(recipe), "--pretraining.coef", "0.75"]).pretraining.coef == 0.75
