@@ -14,7 +14,7 @@ from engine.distributed import comm
 from engine.distributed.checkpoint import export_huggingface
 from engine.models.loading import load_tokenizer
 from engine.rlhf_engine import DeepSpeedRLHFEngine
-from engine.rollout.scoring import load_score_function
+from engine.rollout.score_functions import load_score_function
 from engine.tracking import Tracker
 from engine.trainers.ppo_trainer import DeepSpeedPPOTrainer
 

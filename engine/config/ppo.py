@@ -208,8 +208,13 @@ class PPOConfig:
                     f"rollout_batch_size={self.rollout_batch_size} is not a multiple of {name}={divisor}. "
                     f"{self._sizes_for(self.micro_batch_size)}"
                 )
-        if self.reward.function is not None and (self.reward.zero_stage, self.reward.ds_config) != (None, None):
-            raise ValueError("reward.function is a Python function: reward.zero_stage and reward.ds_config do nothing.")
+        if self.reward.model_name_or_path is None and (self.reward.zero_stage, self.reward.ds_config) != (None, None):
+            raise ValueError("There is no reward model: reward.zero_stage and reward.ds_config do nothing.")
+        if self.reward.overlong_tokens > self.rollout.max_response_tokens:
+            raise ValueError(
+                f"reward.overlong_tokens={self.reward.overlong_tokens} is more than "
+                f"rollout.max_response_tokens={self.rollout.max_response_tokens}."
+            )
         for role in ("actor", "critic", "ref", "reward"):
             self.ds_config_of(role)
 

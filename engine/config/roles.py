@@ -65,24 +65,56 @@ class CriticConfig(TrainedRoleConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig(FrozenRoleConfig):
-    """Where the score of a whole response comes from: a reward model, or a Python function.
+    """Where the score of a whole response comes from: a reward model, a Python function, an HTTP service, or the
+    weighted sum of several; and what becomes of it before it is a reward.
 
     Attributes:
-        function: `module:function`. Called with `prompts` and `responses` (lists of text) and one keyword per column
-            of the dataset (a list each); returns one number per response.
+        function: `module:function`, plain or async. Called with `prompts` and `responses` (lists of text) and one
+            keyword per column of the dataset (a list each); returns one number per response.
+        url: of a service that is sent the same as JSON; see `engine.rollout.score_service`.
+        model_weight, function_weight, url_weight: of the sum.
+        timeout_s: how long a call of the function, or one attempt at the service, may take.
+        retries: further attempts at a service that is down, slow or overloaded.
+        on_error: what to do with responses that a function or service fails to score: `stop` the run, or `mask` them,
+            which leaves them out of training and counts them.
+        running_normalisation: shift and scale scores by the mean and deviation of all scores so far.
+        clip: scores are then kept within +-clip.
+        missing_eos_penalty: taken off the score of a response that was cut off.
+        overlong_penalty, overlong_tokens: taken off the score of a long response, growing from 0 to `overlong_penalty`
+            over the last `overlong_tokens` before `rollout.max_response_tokens`.
     """
 
     function: str | None = None
+    url: str | None = None
+    model_weight: float = 1.0
+    function_weight: float = 1.0
+    url_weight: float = 1.0
+    timeout_s: float | None = None
+    retries: int = 3
+    on_error: Literal["stop", "mask"] = "stop"
+    running_normalisation: bool = False
+    clip: float | None = None
+    missing_eos_penalty: float = 0.0
+    overlong_penalty: float = 0.0
+    overlong_tokens: int = 0
 
     def __post_init__(self):
-        if (self.function is None) == (self.model_name_or_path is None):
+        if (self.model_name_or_path, self.function, self.url) == (None, None, None):
             raise ValueError(
-                "A run needs one source of scores: set --reward.model_name_or_path (a reward model) or "
-                "--reward.function (module:function), "
-                + ("not both." if self.function is not None else "neither is set.")
+                "A run needs a source of scores: set --reward.model_name_or_path (a reward model), --reward.function "
+                "(module:function) or --reward.url (a service); neither is set."
             )
         if self.function is not None and self.function.count(":") != 1:
             raise ValueError(f"reward.function={self.function!r} is not of the form module:function.")
+        if self.url is not None and not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"reward.url={self.url!r} does not begin with http:// or https://.")
+        for name in ("retries", "missing_eos_penalty", "overlong_penalty", "overlong_tokens"):
+            at_least(f"reward.{name}", getattr(self, name), 0)
+        for name in ("timeout_s", "clip"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"reward.{name}={getattr(self, name)} must be above 0.")
+        if (self.overlong_penalty > 0) != (self.overlong_tokens > 0):
+            raise ValueError("reward.overlong_penalty and reward.overlong_tokens go together: set both, or neither.")
 
 
 def resolved_dtype(dtype: str, *, on_gpu: bool) -> str:

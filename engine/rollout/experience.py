@@ -30,7 +30,7 @@ class Experience:
     """
 
     sequences: Sequences
-    scores: Tensor  # (B,) of whole responses
+    scores: Tensor  # (B,) of whole responses, as the sources gave them
     logprobs: Tensor  # (N,) under the actor before the iteration's first step, computed as in training
     behaviour_logprobs: Tensor  # (N,) of the distribution that the token was drawn from, filters applied
     ref_logprobs: Tensor  # (N,) under the ref
@@ -100,6 +100,7 @@ def shaped_experience(
     scores: Tensor,
     measured: Measurements,
     *,
+    shaped_scores: Tensor | None = None,
     kl_coef: float,
     kl_placement: Literal["reward", "loss"],
     advantage_estimator: str,
@@ -113,6 +114,7 @@ def shaped_experience(
 
     Args:
         scores: (B,) one per response; the responses to one prompt are neighbours.
+        shaped_scores: (B,) what goes into the rewards in their place: normalised, clipped, penalised.
         kl_placement: `loss` leaves the penalty out of the rewards.
         advantage_estimator: `gae`, or one that needs no critic: see `critic_free_advantages`.
         whitened: advantages are shifted and scaled over all responses together.
@@ -123,7 +125,8 @@ def shaped_experience(
     mask = response_mask(lengths, int(lengths.max()))
     penalty = kl_coef if kl_placement == "reward" else 0.0
     kl = padded(measured.kl, lengths)
-    rewards = kl_shaped_rewards(scores, kl, mask, kl_coef=penalty)
+    shaped_scores = scores if shaped_scores is None else shaped_scores
+    rewards = kl_shaped_rewards(shaped_scores, kl, mask, kl_coef=penalty)
     returns = None
     if advantage_estimator == "gae":
         values = padded(measured.values, lengths)
@@ -134,7 +137,7 @@ def shaped_experience(
             returns = temporal_difference(rewards, values, mask, gamma=gamma)
     else:
         given = dict(kl_coef=penalty, estimator=advantage_estimator, group_size=group_size, gamma=gamma)
-        advantages = critic_free_advantages(scores, kl, mask, **given)
+        advantages = critic_free_advantages(shaped_scores, kl, mask, **given)
     if whitened:
         advantages = whiten(advantages, mask)
     return Experience(

@@ -4,7 +4,7 @@ Every rank measures the rows that the plan deals it; adding the ranks' zero-fill
 one rank is thereby NaN on all.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -28,6 +28,11 @@ class Measurements:
     kl: Tensor
     entropy: Tensor
     values: Tensor | None  # None without a critic
+
+    def of(self, tokens: Tensor) -> "Measurements":
+        """Of the response tokens that are True in `tokens` (N,)."""
+        named = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return Measurements(**{name: tensor if tensor is None else tensor[tokens] for name, tensor in named})
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.algorithms.losses import policy_statistics, value_clipped
+from engine.data.sequences import Sequences
 from engine.distributed import comm
 from engine.rollout.experience import Experience
 
@@ -104,8 +105,6 @@ def experience_metrics(experience: Experience, *, eos_token_ids: list[int]) -> d
     """
     sequences = experience.sequences
     lengths, scores = sequences.response_lengths, experience.scores
-    last_tokens = sequences.tokens[sequences.lengths.cumsum(0) - 1]
-    ended = torch.isin(last_tokens, torch.tensor(eos_token_ids, dtype=torch.int64)) & (lengths > 0)
     kl_per_response = experience.kl.sum().item() / len(experience)
     return {
         "score/mean": scores.mean().item(),
@@ -116,8 +115,14 @@ def experience_metrics(experience: Experience, *, eos_token_ids: list[int]) -> d
         "policy/entropy": experience.entropy.mean().item() if len(experience.entropy) else 0.0,
         **_of_values(experience),
         "response/length_mean": lengths.float().mean().item(),
-        "response/eos_fraction": ended.float().mean().item(),
+        "response/eos_fraction": ended(sequences, eos_token_ids).float().mean().item(),
     }
+
+
+def ended(sequences: Sequences, eos_token_ids: list[int]) -> Tensor:
+    """(B,) bool: whether a response ends with an end-of-sequence token."""
+    last_tokens = sequences.tokens[sequences.lengths.cumsum(0) - 1]
+    return torch.isin(last_tokens, torch.tensor(eos_token_ids, dtype=torch.int64)) & (sequences.response_lengths > 0)
 
 
 def _of_values(experience: Experience) -> dict[str, float]:

@@ -11,7 +11,7 @@ computed from the same numbers everywhere and needs no further agreement.
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from engine.algorithms.kl import schulman_kl_coef, ziegler_kl_coef
 from engine.algorithms.losses import clipped_value_loss
+from engine.algorithms.rewards import Moments, length_penalties
 from engine.config import PPOConfig
 from engine.data import Examples, PromptBatch
 from engine.data.batches import endlessly
@@ -32,14 +33,15 @@ from engine.models.loading import vocabulary_size
 from engine.rlhf_engine import DeepSpeedRLHFEngine
 from engine.rollout.experience import Experience, shaped_experience
 from engine.rollout.generation import Responses, Sampling, eos_token_ids_of, noise_of_rows, sampled_responses
-from engine.rollout.measuring import measure, per_token_of_all_ranks, reward_model_scores, sequences_of_all_ranks
-from engine.rollout.scoring import load_score_function, scores_of_function, sequences_for_another_tokenizer
+from engine.rollout.measuring import measure, per_token_of_all_ranks, sequences_of_all_ranks
+from engine.rollout.scoring import Scored, Scoring
 from engine.tracking import Tracker
 from engine.trainers.policy_objective import PolicyObjective
 from engine.trainers.ppo_metrics import (
     OF_CRITIC,
     OF_PRETRAINING,
     StepStatistics,
+    ended,
     experience_metrics,
     step_metrics,
 )
@@ -62,6 +64,7 @@ class Progress:
     iteration: int = 0  # the one under way, or the last; from 1
     kl_coef: float = 0.0  # for the next experience
     penalty_coef: float = 0.0  # for the next experience's steps
+    scores: Moments = field(default_factory=Moments)  # of all scores so far, where they are normalised
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
 
@@ -79,15 +82,6 @@ class DeepSpeedPPOTrainer:
         self.config, self.tokenizer = args, rlhf_engine.tokenizer
         self.actor, self.actor_ema, self.ref = rlhf_engine.actor, rlhf_engine.actor_ema, rlhf_engine.ref
         self.critic, self.reward = rlhf_engine.critic, rlhf_engine.reward
-        self.reward_tokenizer = rlhf_engine.reward_tokenizer if rlhf_engine.reward_reads_text else None
-        if self.reward_tokenizer is not None and comm.is_main():
-            print(
-                "The reward model's tokenizer or chat template is not the actor's: responses are written out as text "
-                "and encoded anew for it.",
-                flush=True,
-            )
-        with comm.same_error_everywhere():
-            self.score_function = load_score_function(args.reward.function) if args.reward.function else None
         self.sampling = Sampling(
             max_response_tokens=args.rollout.max_response_tokens,
             min_response_tokens=args.rollout.min_response_tokens,
@@ -97,11 +91,19 @@ class DeepSpeedPPOTrainer:
             vocabulary_size=vocabulary_size(self.tokenizer),
         )
         self.eos_token_ids = eos_token_ids_of(self.actor.module.model, self.tokenizer)
+        self.scoring = Scoring(
+            args,
+            reward=self.reward,
+            tokenizer=self.tokenizer,
+            reward_tokenizer=rlhf_engine.reward_tokenizer if rlhf_engine.reward_reads_text else None,
+            eos_token_ids=self.eos_token_ids,
+        )
         self.pretraining = None if pretraining is None else endlessly(pretraining)
         self.progress = Progress(kl_coef=args.kl_coef, penalty_coef=args.penalty_coef)
         self.seconds: dict[str, float] = {}
         self.steps: list[dict[str, float]] = []
         self.samples: list[dict[str, Any]] = []
+        self.unscored = 0
         self.warned = False
 
     def train(self, prompts: Iterable[PromptBatch], num_iterations: int, tracker: Tracker) -> None:
@@ -119,7 +121,7 @@ class DeepSpeedPPOTrainer:
         coefficient. Eval mode, no gradients. A collective; ranks may hold different numbers of prompts, or none.
 
         Raises:
-            ValueError: on every rank, when a score function fails on any.
+            ValueError: on every rank, when a source of scores fails on any (see `Scoring.scores`).
         """
         self.progress.iteration += 1
         prompts = prompts.repeated(self.config.rollout.samples_per_prompt)
@@ -139,11 +141,17 @@ class DeepSpeedPPOTrainer:
                 chunk_tokens=self.config.logits_chunk_tokens,
                 token_budget=self.config.micro_batch_tokens,
             )
-            scores = self.scores(prompts, responses, sequences)
+            scored = self.scoring.scores(prompts, responses, sequences)
+            shaped_scores = self.shaped(scored, sequences)
+            self.unscored = int(scored.failed.sum())
+            if self.unscored:  # such responses stay in every count of rows, and have no tokens to learn from
+                of_rows = scored.failed.repeat_interleave(sequences.response_lengths)
+                sequences, measured = sequences.without_responses(scored.failed), measured.of(~of_rows)
             experience = shaped_experience(
                 sequences,
-                scores,
+                scored.scores,
                 measured,
+                shaped_scores=shaped_scores,
                 kl_coef=self.progress.kl_coef,
                 kl_placement=self.config.kl_placement,
                 advantage_estimator=self.config.advantage_estimator,
@@ -176,35 +184,22 @@ class DeepSpeedPPOTrainer:
                 any_rank_active=comm.any_true if sharded else None,
             )
 
-    def scores(self, prompts: PromptBatch, responses: list[list[int]], sequences: Sequences) -> Tensor:
-        """(B,) of the responses of all ranks, from the reward model or the score function. A collective."""
-        if self.score_function is None:
-            if self.reward_tokenizer is not None:
-                sequences = self._in_the_reward_models_words(prompts, responses)
-            return reward_model_scores(sequences, self.reward, token_budget=self.config.micro_batch_tokens)
-        with comm.same_error_everywhere():
-            mine = scores_of_function(self.score_function, prompts.texts, self._texts(responses), prompts.columns)
-        return comm.concatenated(mine.to(comm.device())).cpu()
-
-    def _in_the_reward_models_words(self, prompts: PromptBatch, responses: list[list[int]]) -> Sequences:
-        """The responses of all ranks in the reward model's template and tokens. A collective.
-
-        Raises:
-            ValueError: on every rank, when a sequence is longer than the reward model has positions for.
-        """
-        with comm.same_error_everywhere():
-            ended = [bool(response) and response[-1] in self.eos_token_ids for response in responses]
-            given = zip(prompts.prompts, prompts.texts, self._texts(responses), ended, strict=True)
-            mine = sequences_for_another_tokenizer(given, self.reward_tokenizer)
-            config = self.reward.module.model.config.get_text_config()
-            longest = max(mine.lengths.tolist(), default=0)
-            if longest > getattr(config, "max_position_embeddings", longest):  # ALiBi models have no limit
-                raise ValueError(
-                    f"In the reward model's tokens a response has {longest} tokens with its prompt, and the model was "
-                    f"made for {config.max_position_embeddings}. Lower data.max_prompt_tokens or "
-                    f"rollout.max_response_tokens."
-                )
-        return sequences_of_all_ranks(mine)
+    def shaped(self, scored: Scored, sequences: Sequences) -> Tensor:
+        """(B,) what the scores are in the rewards: normalised, clipped, less the penalties on length."""
+        settings, scores = self.config.reward, scored.scores
+        if settings.running_normalisation:
+            self.progress.scores = self.progress.scores.with_more(scores[~scored.failed])
+            scores = (scores - self.progress.scores.mean) / self.progress.scores.std
+        if settings.clip is not None:
+            scores = scores.clamp(-settings.clip, settings.clip)
+        return scores - length_penalties(
+            sequences.response_lengths,
+            ended(sequences, self.eos_token_ids),
+            missing_eos_penalty=settings.missing_eos_penalty,
+            overlong_penalty=settings.overlong_penalty,
+            overlong_tokens=settings.overlong_tokens,
+            max_response_tokens=self.config.rollout.max_response_tokens,
+        )
 
     def train_on(self, experience: Experience) -> None:
         """All epochs over one iteration's responses, in minibatches drawn from all ranks' responses together."""
@@ -257,6 +252,7 @@ class DeepSpeedPPOTrainer:
         return {
             **experience_metrics(experience, eos_token_ids=self.eos_token_ids),
             **step_metrics(self.steps, left_out=self._left_out),
+            "score/failed": self.unscored,
             "skipped/steps": self.progress.skipped_steps,
             **{f"time/{phase}_s": seconds for phase, seconds in self.seconds.items()},
             "speed/response_tokens_per_s": response_tokens / sum(self.seconds.values()),
@@ -349,10 +345,6 @@ class DeepSpeedPPOTrainer:
             raise RuntimeError(f"{said}; {self.progress.skipped_in_a_row} in a row, the run stops.")
         return float("nan"), float("nan")
 
-    def _texts(self, responses: list[list[int]]) -> list[str]:
-        # One by one: transformers 5 turns batch_decode([]), a rank without prompts, into one empty text.
-        return [self.tokenizer.decode(response, skip_special_tokens=True) for response in responses]
-
     def _sample_rows(self, prompts: PromptBatch, responses: list[list[int]], experience: Experience) -> list[dict]:
         """A few of rank 0's rows, which come first in the experience."""
         few = min(self.config.tracking.samples_per_iteration, len(prompts)) if comm.is_main() else 0
@@ -366,7 +358,7 @@ class DeepSpeedPPOTrainer:
                 "kl": kl[row].item(),
                 "length": len(responses[row]),
             }
-            for row, text in enumerate(self._texts(responses[:few]))
+            for row, text in enumerate(self.scoring.texts(responses[:few]))
         ]
 
     @property
