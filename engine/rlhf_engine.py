@@ -1,6 +1,7 @@
 """The four models of RLHF, each under its own ZeRO strategy."""
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
@@ -8,12 +9,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from engine.config import PPOConfig, TrainedRoleConfig, resolved_dtype
+from engine.data.sequences import Sequences
 from engine.distributed import comm
 from engine.distributed.initialize import Engine, frozen_engine, trained_engine
 from engine.distributed.moving_average import MovingAverage
 from engine.models.language_model import load_language_model
 from engine.models.loading import load_tokenizer, read_alike, vocabulary_size
 from engine.models.scalar_head import load_critic, load_reward_model, scoring_pad_token_id
+from engine.rollout.measuring import reward_model_scores, sequences_of_all_ranks
 from engine.rollout.self_check import check_language_model
 
 
@@ -97,6 +100,26 @@ class DeepSpeedRLHFEngine:
             return False
         same_template = self.reward_tokenizer.chat_template == self.tokenizer.chat_template
         return not (same_template and read_alike(self.reward_tokenizer, self.tokenizer))
+
+    def reward_scores(self, queries: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[float]:
+        """The reward model's scores of this rank's responses, for those who hold the loop themselves. A collective.
+
+        Args:
+            queries, responses: token ids of the actor's tokenizer, lists or 1-D tensors; ranks may hold different
+                numbers of them.
+
+        Raises:
+            ValueError: there is no reward model, or it does not read the actor's token ids.
+        """
+        if self.reward is None or self.reward_reads_text:
+            why = "there is none" if self.reward is None else "it has a tokenizer or chat template of its own"
+            raise ValueError(f"reward_scores() asks the reward model about token ids, and {why}.")
+        mine = Sequences.of(*([[int(token) for token in row] for row in rows] for rows in (queries, responses)))
+        scores = reward_model_scores(
+            sequences_of_all_ranks(mine), self.reward, token_budget=self.args.micro_batch_tokens
+        )
+        before = comm.concatenated(torch.tensor([len(mine)], device=comm.device())).cpu()[: comm.rank()].sum()
+        return scores[int(before) : int(before) + len(mine)].tolist()
 
     def _trained(self, role: Literal["actor", "critic"], config: TrainedRoleConfig, build) -> Engine:
         return trained_engine(

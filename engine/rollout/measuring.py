@@ -38,7 +38,7 @@ class Measurements:
 @torch.no_grad()
 def measure(
     sequences: Sequences,
-    behaviour_logprobs: Tensor,
+    behaviour_logprobs: Tensor | None,
     *,
     actor: Engine,
     ref: Engine,
@@ -51,7 +51,8 @@ def measure(
     """Log-probs, KL and values of all responses. A collective.
 
     Args:
-        behaviour_logprobs: (N,) what the tokens were drawn with; from the rollout, handed through.
+        behaviour_logprobs: (N,) what the tokens were drawn with; from the rollout, handed through. The actor's own
+            where nobody knows.
     """
     for engine in filter(None, (actor, ref, critic)):
         engine.eval()
@@ -74,9 +75,9 @@ def measure(
         if critic is not None:
             mine["values"][at] = critic(batch.input_ids, batch.positions)
     together = comm.sum_over_ranks(torch.stack([mine[name] for name in names])).cpu()
-    return Measurements(
-        **{"behaviour_logprobs": behaviour_logprobs, "values": None} | dict(zip(names, together, strict=True))
-    )
+    found = dict(zip(names, together, strict=True))
+    drawn_with = found["logprobs"] if behaviour_logprobs is None else behaviour_logprobs
+    return Measurements(**{"behaviour_logprobs": drawn_with, "values": None} | found)
 
 
 def reward_model_scores(sequences: Sequences, reward: Engine, *, token_budget: int) -> Tensor:

@@ -9,7 +9,7 @@ computed from the same numbers everywhere and needs no further agreement.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -79,7 +79,7 @@ class DeepSpeedPPOTrainer:
         Args:
             pretraining: minibatches of demonstrations, of all ranks, for `args.pretraining`.
         """
-        self.config, self.tokenizer = args, rlhf_engine.tokenizer
+        self.config, self.rlhf_engine, self.tokenizer = args, rlhf_engine, rlhf_engine.tokenizer
         self.actor, self.actor_ema, self.ref = rlhf_engine.actor, rlhf_engine.actor_ema, rlhf_engine.ref
         self.critic, self.reward = rlhf_engine.critic, rlhf_engine.reward
         self.sampling = Sampling(
@@ -130,53 +130,121 @@ class DeepSpeedPPOTrainer:
             sequences = sequences_of_all_ranks(Sequences.of(prompts.tokens, responses))
             behaviour_logprobs = per_token_of_all_ranks(logprobs)
         with self._timed("score"):
-            measured = measure(
-                sequences,
-                behaviour_logprobs,
-                actor=self.actor,
-                ref=self.ref,
-                critic=self.critic,
-                kl_estimator=self.config.kl_estimator,
-                temperature=self.config.rollout.temperature,
-                chunk_tokens=self.config.logits_chunk_tokens,
-                token_budget=self.config.micro_batch_tokens,
-            )
             scored = self.scoring.scores(prompts, responses, sequences)
-            shaped_scores = self.shaped(scored, sequences)
-            self.unscored = int(scored.failed.sum())
-            if self.unscored:  # such responses stay in every count of rows, and have no tokens to learn from
-                of_rows = scored.failed.repeat_interleave(sequences.response_lengths)
-                sequences, measured = sequences.without_responses(scored.failed), measured.of(~of_rows)
-            experience = shaped_experience(
-                sequences,
-                scored.scores,
-                measured,
-                shaped_scores=shaped_scores,
-                kl_coef=self.progress.kl_coef,
-                kl_placement=self.config.kl_placement,
-                advantage_estimator=self.config.advantage_estimator,
-                whitened=self.config.whitened,
-                group_size=self.config.rollout.samples_per_prompt,
-                gamma=self.config.gamma,
-                lam=self.config.lam,
-                value_label=self.config.value_label,
-            )
+            experience = self._experience(sequences, behaviour_logprobs, scored)
         self.samples = self._sample_rows(prompts, responses, experience)
+        return experience
+
+    def generate(self, queries: Sequence[Sequence[int]]) -> list[list[int]]:
+        """For those who hold the loop themselves: one response to each of this rank's queries, for `step`.
+
+        Args:
+            queries: token ids, lists or 1-D tensors. A collective under ZeRO-3; ranks may hold different numbers.
+
+        Returns:
+            Token ids, up to and including the end-of-sequence token.
+        """
+        with self._timed("generate"):
+            keys = [(self.config.seed, self.progress.iteration + 1, comm.rank(), row) for row in range(len(queries))]
+            return self._sampled([_ids(query) for query in queries], keys).tokens
+
+    def step(
+        self, queries: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], scores: Sequence[float]
+    ) -> dict[str, float]:
+        """For those who hold the loop themselves: one iteration of PPO on responses drawn and scored elsewhere.
+
+        A collective; ranks may hold different numbers of responses. The responses to one query are neighbours where
+        `advantage_estimator` compares them. Responses should be the present actor's: the ratios of PPO are those to the
+        actor as it is when `step` is called.
+
+        Args:
+            queries, responses: this rank's, token ids, lists or 1-D tensors. What a response does not hold (its
+                end-of-sequence token, say) is not learned.
+            scores: of whole responses.
+
+        Returns:
+            The iteration's metrics, of all ranks.
+
+        Raises:
+            ValueError: on every rank, when lists do not fit together on any, or a sequence is too long.
+        """
+        self.progress.iteration += 1
+        with comm.same_error_everywhere():
+            mine = self._given(queries, responses, scores)
+        with self._timed("score"):
+            sequences = sequences_of_all_ranks(mine)
+            everyones = comm.concatenated(torch.tensor(scores, dtype=torch.float32, device=comm.device())).cpu()
+            scored = Scored(everyones, torch.zeros(len(everyones), dtype=torch.bool))
+            experience = self._experience(sequences, None, scored)
+        self.train_on(experience)
+        self.seconds.setdefault("generate", 0.0)
+        return self.metrics(experience)
+
+    def _given(self, queries, responses, scores) -> Sequences:
+        if not len(queries) == len(responses) == len(scores):
+            raise ValueError(
+                f"step() was given {len(queries)} queries, {len(responses)} responses and {len(scores)} scores."
+            )
+        sequences = Sequences.of([_ids(query) for query in queries], [_ids(response) for response in responses])
+        longest = self.config.data.max_prompt_tokens + self.config.rollout.max_response_tokens
+        if len(sequences) and int(sequences.lengths.max()) > longest:
+            raise ValueError(
+                f"step() was given a sequence of {int(sequences.lengths.max())} tokens; data.max_prompt_tokens + "
+                f"rollout.max_response_tokens = {longest}."
+            )
+        return sequences
+
+    def _experience(self, sequences: Sequences, behaviour_logprobs: Tensor | None, scored: Scored) -> Experience:
+        """All that PPO needs to train on these responses, of all ranks; moves the KL controller on. A collective."""
+        measured = measure(
+            sequences,
+            behaviour_logprobs,
+            actor=self.actor,
+            ref=self.ref,
+            critic=self.critic,
+            kl_estimator=self.config.kl_estimator,
+            temperature=self.config.rollout.temperature,
+            chunk_tokens=self.config.logits_chunk_tokens,
+            token_budget=self.config.micro_batch_tokens,
+        )
+        shaped_scores = self.shaped(scored, sequences)
+        self.unscored = int(scored.failed.sum())
+        if self.unscored:  # such responses stay in every count of rows, and have no tokens to learn from
+            of_rows = scored.failed.repeat_interleave(sequences.response_lengths)
+            sequences, measured = sequences.without_responses(scored.failed), measured.of(~of_rows)
+        experience = shaped_experience(
+            sequences,
+            scored.scores,
+            measured,
+            shaped_scores=shaped_scores,
+            kl_coef=self.progress.kl_coef,
+            kl_placement=self.config.kl_placement,
+            advantage_estimator=self.config.advantage_estimator,
+            whitened=self.config.whitened,
+            group_size=self.config.rollout.samples_per_prompt,
+            gamma=self.config.gamma,
+            lam=self.config.lam,
+            value_label=self.config.value_label,
+        )
         self.progress.kl_coef = self.next_kl_coef(experience)
         return experience
 
     def sample(self, prompts: PromptBatch) -> Responses:
         """One response to each of this rank's prompts, drawn with this iteration's noise. A collective under ZeRO-3."""
-        config = self.config.rollout
-        sharded = config.weights == "sharded"
+        samples = self.config.rollout.samples_per_prompt
         keys = [
-            (self.config.seed, self.progress.iteration, prompt_id, row % config.samples_per_prompt)
+            (self.config.seed, self.progress.iteration, prompt_id, row % samples)
             for row, prompt_id in enumerate(prompts.ids)
         ]
+        return self._sampled(prompts.tokens, keys)
+
+    def _sampled(self, prompts: list[list[int]], keys: list[tuple[int, ...]]) -> Responses:
+        config = self.config.rollout
+        sharded = config.weights == "sharded"
         with sharded_for_generation(self.actor) if sharded else gathered_for_generation(self.actor) as whole:
             return sampled_responses(
                 whole.model,
-                prompts.tokens,
+                prompts,
                 noise_of_rows(keys, config.max_response_tokens),
                 sampling=self.sampling,
                 eos_token_ids=self.eos_token_ids,
@@ -379,3 +447,8 @@ class DeepSpeedPPOTrainer:
         except torch.OutOfMemoryError as error:
             raise torch.OutOfMemoryError(f"Out of memory in phase {phase}: lower {SMALLER[phase]}. {error}") from error
         self.seconds[phase] = perf_counter() - started
+
+
+def _ids(tokens: Sequence[int]) -> list[int]:
+    """A list or 1-D tensor of token ids as a list."""
+    return [int(token) for token in tokens]
