@@ -19,32 +19,21 @@ import torch
 from torch import Tensor
 
 from engine.algorithms.kl import schulman_kl_coef, ziegler_kl_coef
-from engine.algorithms.losses import clipped_value_loss
 from engine.algorithms.rewards import Moments, length_penalties
 from engine.config import PPOConfig
 from engine.data import Examples, PromptBatch
 from engine.data.batches import endlessly
 from engine.data.sequences import Sequences
 from engine.distributed import comm
-from engine.distributed.gather import gathered_for_generation, sharded_for_generation
-from engine.distributed.micro_batches import marking_last, my_micro_batches
-from engine.distributed.optimization import accumulate, step_together
-from engine.models.loading import vocabulary_size
 from engine.rlhf_engine import DeepSpeedRLHFEngine
 from engine.rollout.experience import Experience, shaped_experience
-from engine.rollout.generation import Responses, Sampling, eos_token_ids_of, noise_of_rows, sampled_responses
+from engine.rollout.generation import Responses, eos_token_ids_of
 from engine.rollout.measuring import measure, per_token_of_all_ranks, sequences_of_all_ranks
+from engine.rollout.sampler import Sampler
 from engine.rollout.scoring import Scored, Scoring
 from engine.tracking import Tracker
-from engine.trainers.policy_objective import PolicyObjective
-from engine.trainers.ppo_metrics import (
-    OF_CRITIC,
-    OF_PRETRAINING,
-    StepStatistics,
-    ended,
-    experience_metrics,
-    step_metrics,
-)
+from engine.trainers.ppo_metrics import ended, experience_metrics, step_metrics
+from engine.trainers.ppo_update import PPOUpdate
 
 # Which settings decide a phase's memory.
 SMALLER = {
@@ -80,17 +69,10 @@ class DeepSpeedPPOTrainer:
             pretraining: minibatches of demonstrations, of all ranks, for `args.pretraining`.
         """
         self.config, self.rlhf_engine, self.tokenizer = args, rlhf_engine, rlhf_engine.tokenizer
-        self.actor, self.actor_ema, self.ref = rlhf_engine.actor, rlhf_engine.actor_ema, rlhf_engine.ref
+        self.actor, self.ref = rlhf_engine.actor, rlhf_engine.ref
         self.critic, self.reward = rlhf_engine.critic, rlhf_engine.reward
-        self.sampling = Sampling(
-            max_response_tokens=args.rollout.max_response_tokens,
-            min_response_tokens=args.rollout.min_response_tokens,
-            temperature=args.rollout.temperature,
-            top_p=args.rollout.top_p,
-            top_k=args.rollout.top_k,
-            vocabulary_size=vocabulary_size(self.tokenizer),
-        )
         self.eos_token_ids = eos_token_ids_of(self.actor.module.model, self.tokenizer)
+        self.sampler = Sampler(self.actor, self.tokenizer, args, eos_token_ids=self.eos_token_ids)
         self.scoring = Scoring(
             args,
             reward=self.reward,
@@ -98,7 +80,7 @@ class DeepSpeedPPOTrainer:
             reward_tokenizer=rlhf_engine.reward_tokenizer if rlhf_engine.reward_reads_text else None,
             eos_token_ids=self.eos_token_ids,
         )
-        self.pretraining = None if pretraining is None else endlessly(pretraining)
+        self.update = PPOUpdate(rlhf_engine, args, pretraining)
         self.progress = Progress(kl_coef=args.kl_coef, penalty_coef=args.penalty_coef)
         self.seconds: dict[str, float] = {}
         self.steps: list[dict[str, float]] = []
@@ -146,7 +128,7 @@ class DeepSpeedPPOTrainer:
         """
         with self._timed("generate"):
             keys = [(self.config.seed, self.progress.iteration + 1, comm.rank(), row) for row in range(len(queries))]
-            return self._sampled([_ids(query) for query in queries], keys).tokens
+            return self.sampler.responses([_ids(query) for query in queries], keys).tokens
 
     def step(
         self, queries: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], scores: Sequence[float]
@@ -236,21 +218,7 @@ class DeepSpeedPPOTrainer:
             (self.config.seed, self.progress.iteration, prompt_id, row % samples)
             for row, prompt_id in enumerate(prompts.ids)
         ]
-        return self._sampled(prompts.tokens, keys)
-
-    def _sampled(self, prompts: list[list[int]], keys: list[tuple[int, ...]]) -> Responses:
-        config = self.config.rollout
-        sharded = config.weights == "sharded"
-        with sharded_for_generation(self.actor) if sharded else gathered_for_generation(self.actor) as whole:
-            return sampled_responses(
-                whole.model,
-                prompts,
-                noise_of_rows(keys, config.max_response_tokens),
-                sampling=self.sampling,
-                eos_token_ids=self.eos_token_ids,
-                micro_batch_size=self.config.rollout_micro_batch_size,
-                any_rank_active=comm.any_true if sharded else None,
-            )
+        return self.sampler.responses(prompts.tokens, keys)
 
     def shaped(self, scored: Scored, sequences: Sequences) -> Tensor:
         """(B,) what the scores are in the rewards: normalised, clipped, less the penalties on length."""
@@ -298,19 +266,10 @@ class DeepSpeedPPOTrainer:
         count = experience.sequences.num_response_tokens
         if count == 0 or not experience.is_finite:
             return self._skip("no response tokens" if count == 0 else experience.not_finite)
-        step = StepStatistics(count, clip_range=self.config.clip_range, value_clip_range=self.config.value_clip_range)
-        self._backward_actor(experience, step)
-        if self.critic is not None:
-            self._backward_critic(experience, step)
-        trained = {role: engine for role in ("actor", "critic") if (engine := getattr(self, role)) is not None}
-        rates = {f"lr/{role}": engine.get_lr()[0] for role, engine in trained.items()}  # the step moves them on
-        norms = step_together(list(trained.values()), healthy=step.losses_are_finite)
-        if norms is None:
+        metrics = self.update.step(experience, penalty_coef=self.progress.penalty_coef)
+        if metrics is None:
             return self._skip("a loss or a gradient that is not finite")
         self.progress.skipped_in_a_row = 0
-        if self.actor_ema is not None:
-            self.actor_ema.update()
-        metrics = step.over_ranks() | rates | {f"grad_norm/{role}": n for role, n in zip(trained, norms, strict=True)}
         self.steps.append(metrics)
         return metrics["loss/policy"], metrics["loss/value"]
 
@@ -319,7 +278,7 @@ class DeepSpeedPPOTrainer:
         response_tokens = experience.sequences.num_response_tokens
         return {
             **experience_metrics(experience, eos_token_ids=self.eos_token_ids),
-            **step_metrics(self.steps, left_out=self._left_out),
+            **step_metrics(self.steps, left_out=self.update.left_out),
             "score/failed": self.unscored,
             "skipped/steps": self.progress.skipped_steps,
             **{f"time/{phase}_s": seconds for phase, seconds in self.seconds.items()},
@@ -340,7 +299,10 @@ class DeepSpeedPPOTrainer:
 
     def next_penalty_coef(self) -> float:
         """The coefficient of `policy_loss: penalty` after an iteration with these steps."""
-        coef, kl = self.progress.penalty_coef, step_metrics(self.steps, left_out=self._left_out)["policy/approx_kl"]
+        coef, kl = (
+            self.progress.penalty_coef,
+            step_metrics(self.steps, left_out=self.update.left_out)["policy/approx_kl"],
+        )
         if self.config.policy_loss == "clip" or not math.isfinite(kl):
             return coef
         return schulman_kl_coef(coef, kl, target=self.config.penalty_target)
@@ -349,46 +311,6 @@ class DeepSpeedPPOTrainer:
         """Whether the last step saw the actor further from the policy that sampled than `target_kl` allows."""
         target = self.config.target_kl
         return target is not None and bool(self.steps) and self.steps[-1]["policy/approx_kl"] > target
-
-    def _backward_actor(self, experience: Experience, step: StepStatistics) -> None:
-        coefs = dict(kl_coef=experience.kl_coef, penalty_coef=self.progress.penalty_coef)
-        objective = PolicyObjective(self.config, experience, ref=self.ref, **coefs)
-        self.actor.train()
-        self._backward_pretraining(step)  # its gradients add up to the policy's
-        for batch, last in marking_last(my_micro_batches(experience.sequences, token_budget=self._token_budget)):
-            new = self.actor(
-                batch.input_ids,
-                batch.positions,
-                batch.targets,
-                temperature=self.config.rollout.temperature,
-                chunk_tokens=self.config.logits_chunk_tokens,
-                with_entropy=self.config.entropy_coef > 0,
-            )
-            loss = objective.loss(self.actor, new, batch)
-            logprobs, advantages = experience.of(batch, "logprobs"), experience.of(batch, "advantages")
-            step.add_policy(loss, new.logprobs, logprobs, advantages, torch.ones_like(logprobs, dtype=torch.bool))
-            accumulate(self.actor, loss, last=last)
-
-    def _backward_pretraining(self, step: StepStatistics) -> None:
-        if self.pretraining is None:
-            return
-        sequences = next(self.pretraining).sequences
-        for batch in my_micro_batches(sequences, token_budget=self.config.pretraining_tokens):
-            given = dict(temperature=1.0, chunk_tokens=self.config.logits_chunk_tokens)
-            logprobs = self.actor(batch.input_ids, batch.positions, batch.targets, **given).logprobs
-            loss = -logprobs.sum() / sequences.num_response_tokens
-            step.pretraining_loss += loss.item()
-            accumulate(self.actor, self.config.pretraining.coef * loss, last=False)
-
-    def _backward_critic(self, experience: Experience, step: StepStatistics) -> None:
-        self.critic.train()
-        for batch, last in marking_last(my_micro_batches(experience.sequences, token_budget=self._token_budget)):
-            new_values = self.critic(batch.input_ids, batch.positions)
-            values, returns = experience.of(batch, "values"), experience.of(batch, "returns")
-            given = (new_values, values, returns, torch.ones_like(values, dtype=torch.bool))
-            loss = clipped_value_loss(*given, value_clip_range=self.config.value_clip_range, count=step.count)
-            step.add_value(loss, *given)
-            accumulate(self.critic, loss, last=last)
 
     def _warn_of_another_policy(self) -> None:
         """Before an iteration's first step actor and rollout are the same policy: log-ratios are 0 but for rounding."""
@@ -428,15 +350,6 @@ class DeepSpeedPPOTrainer:
             }
             for row, text in enumerate(self.scoring.texts(responses[:few]))
         ]
-
-    @property
-    def _left_out(self) -> tuple[str, ...]:
-        """Metrics that this run does not have."""
-        return (*(OF_CRITIC if self.critic is None else ()), *(OF_PRETRAINING if self.pretraining is None else ()))
-
-    @property
-    def _token_budget(self) -> int:
-        return self.config.micro_batch_tokens
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
