@@ -42,9 +42,9 @@ def main() -> None:
         tracker = Tracker(config, num_iterations=num_iterations, is_main=comm.is_main())
     with tracker:
         trainer.train(prompts, num_iterations, tracker)
-        export_huggingface(rlhf_engine.actor, output_dir / "actor", tokenizer)
+        export_huggingface(rlhf_engine.actor, output_dir / "actor", tokenizer, form=config.actor.export_form)
         if rlhf_engine.critic is not None:
-            export_huggingface(rlhf_engine.critic, output_dir / "critic", tokenizer)
+            export_huggingface(rlhf_engine.critic, output_dir / "critic", tokenizer, form=config.critic.export_form)
     if comm.is_main():
         print(f"Done: {num_iterations} iterations. Metrics, samples and the exported actor and critic: {output_dir}")
     comm.shutdown()
