@@ -9,8 +9,8 @@ import engines
 import pytest
 import tiny
 import torch
+from engines import IDS, said_by_folder, said_live
 from peft import PeftModel
-from test_export import IDS, said_by_folder, said_live
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from engine.distributed import comm
