@@ -14,7 +14,7 @@ from deepspeed import DeepSpeedEngine
 from torch import nn
 
 from engine.distributed import comm
-from engine.distributed.initialize import parameter_count, stage_of
+from engine.distributed.initialize import parameter_bytes, stage_of
 
 
 @contextmanager
@@ -82,8 +82,7 @@ def _unsharded(engine: DeepSpeedEngine) -> Iterator[None]:
 
 
 def _check_it_fits(engine: DeepSpeedEngine) -> None:
-    dtype = next(engine.module.parameters()).dtype
-    needed = parameter_count(engine) * dtype.itemsize
+    needed = parameter_bytes(engine)
     if comm.device().type == "cuda":
         # What torch's allocator holds idle since the last phase is as good as free.
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()

@@ -143,9 +143,9 @@ def stage_of(engine: DeepSpeedEngine) -> int:
     return engine.zero_optimization_stage()
 
 
-def parameter_count(engine: DeepSpeedEngine) -> int:
-    """Parameters of the whole model, sharded or not."""
-    return sum(math.prod(_whole_shape(p)) for p in engine.module.parameters())
+def parameter_bytes(engine: DeepSpeedEngine) -> int:
+    """What the whole model takes; a byte holds two weights of 4 bits."""
+    return sum(math.prod(_whole_shape(p)) * p.element_size() for p in engine.module.parameters())
 
 
 def _built(build_model: Callable[[], nn.Module], config: dict[str, Any]) -> nn.Module:

@@ -152,6 +152,10 @@ def exported_config(model: PreTrainedModel) -> PreTrainedConfig:
 def _found(model_name_or_path: str) -> str:
     folder = local_name(model_name_or_path)
     looks_local = folder.startswith((".", "/", "~")) or folder.count("/") > 1
+    if looks_local and (Path(folder).expanduser() / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{model_name_or_path} is an adapter, not a model: start from one that lora.export=merged has written."
+        )
     if looks_local and not (Path(folder).expanduser() / "config.json").is_file():
         raise ValueError(f"{model_name_or_path}: no such model folder (there is no config.json in it).")
     return str(Path(folder).expanduser()) if looks_local else folder

@@ -72,11 +72,6 @@ def add_adapter(
     inject_adapter_in_model(config, model, ADAPTER)
 
 
-def has_adapter(model: nn.Module) -> bool:
-    """Whether `add_adapter` has been here."""
-    return any(isinstance(module, LoraLayer) for module in model.modules())
-
-
 def is_adapter(parameter_name: str) -> bool:
     """Whether a parameter of this name belongs to an adapter."""
     return ".lora_A." in parameter_name or ".lora_B." in parameter_name

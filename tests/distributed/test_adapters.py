@@ -131,15 +131,17 @@ def train_and_export(role, model, kind, strict_z3, folder):
 
 @torch.no_grad()
 def said_by_adapter(folder, role, model):
-    """The same from the model that training began with and the exported adapter, by PEFT."""
+    """The same from the model that training began with and the exported adapter: by PEFT, and by transformers."""
     start = local_name(model if role == "actor" else tiny.score_head(model))
-    if role == "actor":
-        peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(start), folder).eval()
-        logits = peft(IDS).logits
-        return logits[:, :-1].log_softmax(-1).gather(-1, IDS[:, 1:, None]).squeeze(-1)
-    peft = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(start), folder).eval()
-    whole = peft.merge_and_unload()
-    return whole.score(whole.base_model(IDS).last_hidden_state).squeeze(-1)
+    auto = AutoModelForCausalLM if role == "actor" else AutoModelForSequenceClassification
+    by_peft = PeftModel.from_pretrained(auto.from_pretrained(start), folder).merge_and_unload().eval()
+    by_transformers = auto.from_pretrained(start).eval()
+    by_transformers.load_adapter(str(folder))
+    for whole in (by_peft, by_transformers):
+        if role == "actor":
+            yield whole(IDS).logits[:, :-1].log_softmax(-1).gather(-1, IDS[:, 1:, None]).squeeze(-1)
+        else:
+            yield whole.score(whole.base_model(IDS).last_hidden_state).squeeze(-1)
 
 
 @pytest.mark.parametrize("kind", [2, "strict"])
@@ -151,7 +153,8 @@ def test_an_export_says_what_the_engine_says(run_ranks, strict_z3, tmp_path, rol
     start = local_name(model if role == "actor" else tiny.score_head(model))
     assert not torch.allclose(said_by_folder(start, role), live, atol=1e-2), "it was trained"
     torch.testing.assert_close(said_by_folder(merged, role), live, rtol=0, atol=1e-5)
-    torch.testing.assert_close(said_by_adapter(adapter, role, model), live, rtol=0, atol=1e-5)
+    for said in said_by_adapter(adapter, role, model):
+        torch.testing.assert_close(said, live, rtol=0, atol=1e-5)
     assert not any("lora" in path.name or "adapter" in path.name for path in merged.iterdir())
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in adapter.iterdir()}
     assert json.loads((adapter / "adapter_config.json").read_text())["r"] == 4
