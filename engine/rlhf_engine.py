@@ -8,13 +8,14 @@ from typing import Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from engine.config import PPOConfig, TrainedRoleConfig, resolved_dtype
+from engine.config import FrozenRoleConfig, PPOConfig, TrainedRoleConfig, resolved_dtype
 from engine.data.sequences import Sequences
 from engine.distributed import comm
-from engine.distributed.initialize import Engine, frozen_engine, trained_engine
+from engine.distributed.initialize import Engine, WithoutAdapter, frozen_engine, trained_engine
 from engine.distributed.moving_average import MovingAverage
 from engine.models.language_model import load_language_model
 from engine.models.loading import load_tokenizer, read_alike, vocabulary_size
+from engine.models.lora import with_adapter
 from engine.models.scalar_head import load_critic, load_reward_model, scoring_pad_token_id
 from engine.rollout.measuring import reward_model_scores, sequences_of_all_ranks
 from engine.rollout.self_check import check_language_model
@@ -26,7 +27,8 @@ class DeepSpeedRLHFEngine:
     Attributes:
         actor, critic: trained engines; the critic is None where advantages need none (`args.advantage_estimator`).
         actor_ema: the moving average of the actor's weights; None without `args.ema_decay`.
-        ref: frozen; the actor's starting point unless the config names another.
+        ref: frozen; the actor's starting point unless the config names another: a model of its own, or the actor with
+            its adapter switched off.
         reward: frozen; None when scores come from a function.
         tokenizer: the actor's.
         reward_tokenizer: the reward model's.
@@ -35,7 +37,7 @@ class DeepSpeedRLHFEngine:
 
     actor: Engine
     actor_ema: MovingAverage | None
-    ref: Engine
+    ref: Engine | WithoutAdapter
     critic: Engine | None
     reward: Engine | None
 
@@ -71,13 +73,13 @@ class DeepSpeedRLHFEngine:
                 self._check_vocabulary("critic", critic_model_name_or_path)
             if args.ref.model_name_or_path is not None:
                 self._check_vocabulary("ref", args.ref.model_name_or_path)
-        self.actor = self._trained(
-            "actor", args.actor, partial(load_language_model, actor_model_name_or_path, dtype=torch_dtype)
-        )
-        self.ref = self._frozen(
-            "ref",
-            partial(load_language_model, args.ref.model_name_or_path or actor_model_name_or_path, dtype=torch_dtype),
-        )
+        language_model = partial(load_language_model, dtype=torch_dtype)
+        self.actor = self._trained("actor", args.actor, partial(language_model, actor_model_name_or_path))
+        if args.ref_is_the_actor:
+            self.ref = WithoutAdapter(self.actor)
+        else:
+            ref = args.ref.model_name_or_path or actor_model_name_or_path
+            self.ref = self._frozen("ref", args.ref, partial(language_model, ref))
         self.actor_ema = None if args.ema_decay is None else MovingAverage(self.actor, decay=args.ema_decay)
         self.critic = None
         if args.has_critic:
@@ -86,7 +88,8 @@ class DeepSpeedRLHFEngine:
         self.reward, self.reward_tokenizer = None, None
         if args.reward.model_name_or_path is not None:
             self.reward_tokenizer = load_tokenizer(args.reward.model_name_or_path)
-            self.reward = self._frozen("reward", partial(load_reward_model, args.reward.model_name_or_path, **scalar))
+            build_reward = partial(load_reward_model, args.reward.model_name_or_path, **scalar)
+            self.reward = self._frozen("reward", args.reward, build_reward)
         self._check_sizes()
         check_language_model(self.actor, role="actor")
         if args.ref.model_name_or_path is not None:
@@ -122,11 +125,15 @@ class DeepSpeedRLHFEngine:
         return scores[int(before) : int(before) + len(mine)].tolist()
 
     def _trained(self, role: Literal["actor", "critic"], config: TrainedRoleConfig, build) -> Engine:
+        build = partial(build, quantization=config.quantization)
+        if config.has_adapter:
+            build = partial(with_adapter, build, seed=self.args.seed, **config.adapter)
         return trained_engine(
             build,
             ds_config=self.args.ds_config_of(role),
             dtype=self.dtype,
             learning_rate=config.learning_rate,
+            adapter_learning_rate=config.adapter_learning_rate,
             lr_scheduler=config.lr_scheduler,
             warmup_steps=config.warmup_steps,
             total_steps=self.total_steps,
@@ -136,7 +143,8 @@ class DeepSpeedRLHFEngine:
             gradient_checkpointing=config.gradient_checkpointing,
         )
 
-    def _frozen(self, role: Literal["ref", "reward"], build) -> Engine:
+    def _frozen(self, role: Literal["ref", "reward"], config: FrozenRoleConfig, build) -> Engine:
+        build = partial(build, quantization=config.quantization)
         return frozen_engine(build, ds_config=self.args.ds_config_of(role), dtype=self.dtype)
 
     def _check_vocabulary(self, role: str, model_name_or_path: str) -> None:

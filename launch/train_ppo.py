@@ -45,11 +45,13 @@ def main() -> None:
         tracker = Tracker(config, num_iterations=num_iterations, is_main=comm.is_main())
     with tracker:
         trainer.train(prompts, num_iterations, tracker)
-        export_huggingface(rlhf_engine.actor, output_dir / "actor", tokenizer)
+        actor_form = config.actor.export_form
+        export_huggingface(rlhf_engine.actor, output_dir / "actor", tokenizer, form=actor_form)
         if rlhf_engine.actor_ema is not None:
-            export_huggingface(rlhf_engine.actor, output_dir / "actor_ema", tokenizer, rlhf_engine.actor_ema)
+            average = rlhf_engine.actor_ema
+            export_huggingface(rlhf_engine.actor, output_dir / "actor_ema", tokenizer, form=actor_form, average=average)
         if rlhf_engine.critic is not None:
-            export_huggingface(rlhf_engine.critic, output_dir / "critic", tokenizer)
+            export_huggingface(rlhf_engine.critic, output_dir / "critic", tokenizer, form=config.critic.export_form)
     if comm.is_main():
         print(f"Done: {num_iterations} iterations. Metrics, samples and the exported actor and critic: {output_dir}")
     comm.shutdown()

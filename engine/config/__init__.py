@@ -11,8 +11,10 @@ from engine.config.ppo import PPOConfig, PretrainingConfig, RolloutConfig
 from engine.config.roles import (
     CriticConfig,
     FrozenRoleConfig,
+    LoRAConfig,
     OptimizerConfig,
     RewardConfig,
+    SteadyLoRAConfig,
     TrainedRoleConfig,
     resolved_dtype,
 )
@@ -26,6 +28,7 @@ __all__ = [
     "DataConfig",
     "DemonstrationDataConfig",
     "FrozenRoleConfig",
+    "LoRAConfig",
     "OptimizerConfig",
     "PPOConfig",
     "PreferenceDataConfig",
@@ -34,6 +37,7 @@ __all__ = [
     "RewardModelConfig",
     "RolloutConfig",
     "SFTConfig",
+    "SteadyLoRAConfig",
     "SupervisedConfig",
     "TrackingConfig",
     "TrainedRoleConfig",

@@ -7,7 +7,14 @@ from typing import Literal
 
 from engine.config.checks import at_least, ds_config_of, next_multiple
 from engine.config.data import DataConfig, DemonstrationDataConfig
-from engine.config.roles import CriticConfig, FrozenRoleConfig, RewardConfig, TrainedRoleConfig
+from engine.config.roles import (
+    CriticConfig,
+    FrozenRoleConfig,
+    RewardConfig,
+    TrainedRoleConfig,
+    check_ref_is_own,
+    check_trainable,
+)
 from engine.config.tracking import TrackingConfig
 
 AdvantageEstimator = Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"]
@@ -79,7 +86,8 @@ class PPOConfig:
     Attributes:
         critic: starts from the reward model's weights unless its own model is named; with a score function, from the
             actor's with a fresh head.
-        ref: the actor's starting point unless its own model is named.
+        ref: the actor's starting point unless its own model is named; where the actor trains an adapter, that is the
+            actor itself with the adapter switched off, and no second model is built.
         zero_stage: of every role that does not name its own; `ds_config` is a DeepSpeed JSON file in its place.
         dtype: `auto` is bfloat16 on a GPU and float32 on a CPU.
         rollout_batch_size: responses per iteration, all GPUs.
@@ -215,6 +223,10 @@ class PPOConfig:
                 f"reward.overlong_tokens={self.reward.overlong_tokens} is more than "
                 f"rollout.max_response_tokens={self.rollout.max_response_tokens}."
             )
+        for role in ("actor", "critic"):
+            check_trainable(role, getattr(self, role), getattr(self, role))
+        if self.ref_is_the_actor:
+            check_ref_is_own(self.ref, "actor")
         for role in ("actor", "critic", "ref", "reward"):
             self.ds_config_of(role)
 
@@ -237,6 +249,11 @@ class PPOConfig:
         rollout = next_multiple(self.rollout_batch_size, math.lcm(minibatch, self.rollout.samples_per_prompt))
         sizes = {"minibatch_size": minibatch, "rollout_batch_size": rollout}
         return "Try" + "".join(f" --{name} {size}" for name, size in sizes.items() if size != getattr(self, name)) + "."
+
+    @property
+    def ref_is_the_actor(self) -> bool:
+        """Whether the ref is the actor with its adapter switched off."""
+        return self.actor.has_adapter and self.ref.model_name_or_path is None
 
     @property
     def has_critic(self) -> bool:

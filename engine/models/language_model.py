@@ -1,6 +1,6 @@
 """A causal language model that answers with the log-probabilities of given tokens, never with logits."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -72,14 +72,19 @@ class LanguageModel(nn.Module):
         return TokenLogprobs(logprobs, hidden, entropy)
 
 
-def load_language_model(model_name_or_path: str, *, dtype: torch.dtype) -> LanguageModel:
+def load_language_model(
+    model_name_or_path: str, *, dtype: torch.dtype, quantization: Literal["nf4"] | None = None
+) -> LanguageModel:
     """Actor or ref from a folder or hub name.
+
+    Args:
+        quantization: as in `load_pretrained`.
 
     Raises:
         ValueError: there is no such model, it is no causal language model, or its logits are more than a linear map
             of its last hidden state (soft-capped or scaled logits, which the chunked head would get wrong).
     """
-    model = load_pretrained(AutoModelForCausalLM, model_name_or_path, dtype=dtype)
+    model = load_pretrained(AutoModelForCausalLM, model_name_or_path, dtype=dtype, quantization=quantization)
     saved_as = (model.saved_architectures or ["a language model"])[0]
     if model.missing_from_checkpoint or saved_as.endswith("ForSequenceClassification"):
         raise ValueError(

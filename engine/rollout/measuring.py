@@ -14,7 +14,7 @@ from engine.algorithms.logprobs import chunked_full_kl
 from engine.data.sequences import Sequences
 from engine.distributed import comm
 from engine.distributed.gather import gathered
-from engine.distributed.initialize import Engine
+from engine.distributed.initialize import Engine, WithoutAdapter
 from engine.distributed.micro_batches import my_micro_batches, one_number_per_row
 
 
@@ -41,7 +41,7 @@ def measure(
     behaviour_logprobs: Tensor | None,
     *,
     actor: Engine,
-    ref: Engine,
+    ref: Engine | WithoutAdapter,
     critic: Engine | None,
     kl_estimator: str,
     temperature: float,
@@ -103,7 +103,7 @@ def sequences_of_all_ranks(mine: Sequences) -> Sequences:
     return Sequences(tokens=tokens, prompt_lengths=prompt_lengths, response_lengths=response_lengths)
 
 
-def _full_kl(actor: Engine, ref: Engine, hidden: Tensor, ref_hidden: Tensor, given: dict) -> Tensor:
+def _full_kl(actor: Engine, ref: Engine | WithoutAdapter, hidden: Tensor, ref_hidden: Tensor, given: dict) -> Tensor:
     head, ref_head = actor.module.head, ref.module.head
     with gathered([*head.parameters(), *ref_head.parameters()]):
         return chunked_full_kl(hidden, head.weight, head.bias, ref_hidden, ref_head.weight, ref_head.bias, **given)

@@ -14,7 +14,7 @@ from engine.algorithms.losses import (
 from engine.config import PPOConfig
 from engine.data.sequences import MicroBatch
 from engine.distributed.gather import gathered
-from engine.distributed.initialize import Engine
+from engine.distributed.initialize import Engine, WithoutAdapter
 from engine.models.language_model import TokenLogprobs
 from engine.rollout.experience import Experience
 
@@ -22,7 +22,15 @@ from engine.rollout.experience import Experience
 class PolicyObjective:
     """A micro-batch's part of the loss of one minibatch."""
 
-    def __init__(self, config: PPOConfig, experience: Experience, *, kl_coef: float, penalty_coef: float, ref: Engine):
+    def __init__(
+        self,
+        config: PPOConfig,
+        experience: Experience,
+        *,
+        kl_coef: float,
+        penalty_coef: float,
+        ref: Engine | WithoutAdapter,
+    ):
         """
         Args:
             experience: the whole minibatch, of all ranks.

@@ -29,7 +29,7 @@ def averaged(name, ds_config, folder, dtype="float32"):
         now = engines.weights(engine)
         reference = {name: DECAY * mean + (1 - DECAY) * now[name].double() for name, mean in reference.items()}
     found = {name: average.whole(name.removeprefix("model.")).double() for name in reference}
-    export_huggingface(engine, Path(folder), load_tokenizer(name), average)
+    export_huggingface(engine, Path(folder), load_tokenizer(name), average=average)
 
     def distance(ours, theirs):
         return max((ours[name] - theirs[name].double()).abs().max().item() for name in reference)
