@@ -9,6 +9,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+QUANTIZATION = ["bitsandbytes>=0.50,<0.51"]  # engine/models/quantization.py switches one of its paths off
+
 readme = Path(__file__).parent / "README.md"
 
 setup(
@@ -39,7 +41,8 @@ setup(
         "ninja>=1.13,<2",  # DeepSpeed compiles its operators when they are first used
     ],
     extras_require={
-        "test": ["pytest>=9.0,<10", "hypothesis>=6.170,<7", "ruff>=0.17,<0.18"],
+        "quantization": QUANTIZATION,
+        "test": ["pytest>=9.0,<10", "hypothesis>=6.170,<7", "ruff>=0.17,<0.18", *QUANTIZATION],
         "bench": ["trl==1.11.0", "accelerate>=1.15,<2"],
     },
 )

@@ -1,17 +1,23 @@
 """The four models of RLHF, each under its own ZeRO strategy."""
 
+import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from engine.config import PPOConfig, TrainedRoleConfig, resolved_dtype
+from engine.config import FrozenRoleConfig, PPOConfig, TrainedRoleConfig, resolved_dtype
+from engine.data.sequences import Sequences
 from engine.distributed import comm
-from engine.distributed.initialize import Engine, frozen_engine, trained_engine
+from engine.distributed.initialize import Engine, WithoutAdapter, frozen_engine, trained_engine
+from engine.distributed.moving_average import MovingAverage
 from engine.models.language_model import load_language_model
 from engine.models.loading import load_tokenizer, read_alike, vocabulary_size
+from engine.models.lora import with_adapter
 from engine.models.scalar_head import load_critic, load_reward_model, scoring_pad_token_id
+from engine.rollout.measuring import reward_model_scores, sequences_of_all_ranks
 from engine.rollout.self_check import check_language_model
 
 
@@ -19,8 +25,10 @@ class DeepSpeedRLHFEngine:
     """Builds and owns actor, ref, critic and reward.
 
     Attributes:
-        actor, critic: trained engines.
-        ref: frozen; the actor's starting point unless the config names another.
+        actor, critic: trained engines; the critic is None where advantages need none (`args.advantage_estimator`).
+        actor_ema: the moving average of the actor's weights; None without `args.ema_decay`.
+        ref: frozen; the actor's starting point unless the config names another: a model of its own, or the actor with
+            its adapter switched off.
         reward: frozen; None when scores come from a function.
         tokenizer: the actor's.
         reward_tokenizer: the reward model's.
@@ -28,8 +36,9 @@ class DeepSpeedRLHFEngine:
     """
 
     actor: Engine
-    ref: Engine
-    critic: Engine
+    actor_ema: MovingAverage | None
+    ref: Engine | WithoutAdapter
+    critic: Engine | None
     reward: Engine | None
 
     def __init__(
@@ -60,23 +69,27 @@ class DeepSpeedRLHFEngine:
         scalar = dict(dtype=torch_dtype, pad_token_id=scoring_pad_token_id(tokenizer))
 
         with comm.same_error_everywhere():
-            self._check_vocabulary("critic", critic_model_name_or_path)
+            if args.has_critic:
+                self._check_vocabulary("critic", critic_model_name_or_path)
             if args.ref.model_name_or_path is not None:
                 self._check_vocabulary("ref", args.ref.model_name_or_path)
-        self.actor = self._trained(
-            "actor", args.actor, partial(load_language_model, actor_model_name_or_path, dtype=torch_dtype)
-        )
-        self.ref = self._frozen(
-            "ref",
-            partial(load_language_model, args.ref.model_name_or_path or actor_model_name_or_path, dtype=torch_dtype),
-        )
-        self.critic = self._trained(
-            "critic", args.critic, partial(load_critic, critic_model_name_or_path, seed=args.seed, **scalar)
-        )
+        language_model = partial(load_language_model, dtype=torch_dtype)
+        self.actor = self._trained("actor", args.actor, partial(language_model, actor_model_name_or_path))
+        if args.ref_is_the_actor:
+            self.ref = WithoutAdapter(self.actor)
+        else:
+            ref = args.ref.model_name_or_path or actor_model_name_or_path
+            self.ref = self._frozen("ref", args.ref, partial(language_model, ref))
+        self.actor_ema = None if args.ema_decay is None else MovingAverage(self.actor, decay=args.ema_decay)
+        self.critic = None
+        if args.has_critic:
+            build_critic = partial(load_critic, critic_model_name_or_path, seed=args.seed, **scalar)
+            self.critic = self._trained("critic", args.critic, build_critic)
         self.reward, self.reward_tokenizer = None, None
         if args.reward.model_name_or_path is not None:
             self.reward_tokenizer = load_tokenizer(args.reward.model_name_or_path)
-            self.reward = self._frozen("reward", partial(load_reward_model, args.reward.model_name_or_path, **scalar))
+            build_reward = partial(load_reward_model, args.reward.model_name_or_path, **scalar)
+            self.reward = self._frozen("reward", args.reward, build_reward)
         self._check_sizes()
         check_language_model(self.actor, role="actor")
         if args.ref.model_name_or_path is not None:
@@ -91,12 +104,36 @@ class DeepSpeedRLHFEngine:
         same_template = self.reward_tokenizer.chat_template == self.tokenizer.chat_template
         return not (same_template and read_alike(self.reward_tokenizer, self.tokenizer))
 
+    def reward_scores(self, queries: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[float]:
+        """The reward model's scores of this rank's responses, for those who hold the loop themselves. A collective.
+
+        Args:
+            queries, responses: token ids of the actor's tokenizer, lists or 1-D tensors; ranks may hold different
+                numbers of them.
+
+        Raises:
+            ValueError: there is no reward model, or it does not read the actor's token ids.
+        """
+        if self.reward is None or self.reward_reads_text:
+            why = "there is none" if self.reward is None else "it has a tokenizer or chat template of its own"
+            raise ValueError(f"reward_scores() asks the reward model about token ids, and {why}.")
+        mine = Sequences.of(*([[int(token) for token in row] for row in rows] for rows in (queries, responses)))
+        scores = reward_model_scores(
+            sequences_of_all_ranks(mine), self.reward, token_budget=self.args.micro_batch_tokens
+        )
+        before = comm.concatenated(torch.tensor([len(mine)], device=comm.device())).cpu()[: comm.rank()].sum()
+        return scores[int(before) : int(before) + len(mine)].tolist()
+
     def _trained(self, role: Literal["actor", "critic"], config: TrainedRoleConfig, build) -> Engine:
+        build = partial(build, quantization=config.quantization)
+        if config.has_adapter:
+            build = partial(with_adapter, build, seed=self.args.seed, **config.adapter)
         return trained_engine(
             build,
             ds_config=self.args.ds_config_of(role),
             dtype=self.dtype,
             learning_rate=config.learning_rate,
+            adapter_learning_rate=config.adapter_learning_rate,
             lr_scheduler=config.lr_scheduler,
             warmup_steps=config.warmup_steps,
             total_steps=self.total_steps,
@@ -106,7 +143,8 @@ class DeepSpeedRLHFEngine:
             gradient_checkpointing=config.gradient_checkpointing,
         )
 
-    def _frozen(self, role: Literal["ref", "reward"], build) -> Engine:
+    def _frozen(self, role: Literal["ref", "reward"], config: FrozenRoleConfig, build) -> Engine:
+        build = partial(build, quantization=config.quantization)
         return frozen_engine(build, ds_config=self.args.ds_config_of(role), dtype=self.dtype)
 
     def _check_vocabulary(self, role: str, model_name_or_path: str) -> None:
@@ -141,7 +179,7 @@ class DeepSpeedRLHFEngine:
                     f"The {role} embeds {model_config.vocab_size} tokens and the tokenizer has {vocabulary}: some ids "
                     f"would be out of range."
                 )
-            positions = getattr(model_config, "max_position_embeddings", longest)  # ALiBi models have no limit
+            positions = getattr(model_config, "max_position_embeddings", math.inf)  # ALiBi models have no limit
             if role == "ref" and self.args.kl_estimator == "full":
                 actors = self.actor.module.model.config.get_text_config().vocab_size
                 if model_config.vocab_size != actors:
@@ -153,4 +191,9 @@ class DeepSpeedRLHFEngine:
                 raise ValueError(
                     f"The {role} was made for sequences of {positions} tokens, and "
                     f"data.max_prompt_tokens + rollout.max_response_tokens = {longest}. Lower one of them."
+                )
+            if role == "actor" and self.args.pretraining and positions < self.args.pretraining.data.max_length:
+                raise ValueError(
+                    f"The actor was made for sequences of {positions} tokens, and pretraining.data.max_length = "
+                    f"{self.args.pretraining.data.max_length}. Lower it."
                 )

@@ -1,6 +1,7 @@
 """The one model that SFT, reward-model training and DPO train."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 from torch import nn
@@ -9,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from engine.config import SupervisedConfig
 from engine.distributed.initialize import Engine, trained_engine
 from engine.models.loading import vocabulary_size
+from engine.models.lora import with_adapter
 
 
 def supervised_engine(
@@ -29,11 +31,14 @@ def supervised_engine(
     Raises:
         ValueError: the model is too small for the tokenizer or for `data.max_length`.
     """
+    if config.has_adapter:
+        build_model = partial(with_adapter, build_model, seed=config.seed, **config.adapter)
     engine = trained_engine(
         build_model,
         ds_config=config.ds_config_of(role),
         dtype=dtype,
         learning_rate=config.learning_rate,
+        adapter_learning_rate=config.adapter_learning_rate,
         lr_scheduler=config.lr_scheduler,
         warmup_steps=config.warmup_steps,
         total_steps=total_steps,

@@ -2,7 +2,7 @@
 
 The names every PPO iteration reports:
 
-    score/mean score/std                       of whole responses
+    score/mean score/std score/failed          of whole responses; how many nobody could score
     reward/kl_penalty kl/ref_mean kl/coef      the penalty and the KL to the ref per response, and the coefficient
     loss/policy loss/value                     means over the response tokens of all ranks
     policy/clip_fraction policy/approx_kl policy/ratio_max policy/first_log_ratio_max policy/entropy

@@ -9,12 +9,12 @@ exported actor/ and critic/ to the output folder. Leaves out: resuming (a run th
 from pathlib import Path
 
 from engine.config import PPOConfig, parse, run
-from engine.data import create_datasets
+from engine.data import create_datasets, create_pretraining_dataset
 from engine.distributed import comm
 from engine.distributed.checkpoint import export_huggingface
 from engine.models.loading import load_tokenizer
 from engine.rlhf_engine import DeepSpeedRLHFEngine
-from engine.rollout.scoring import load_score_function
+from engine.rollout.score_functions import load_score_function
 from engine.tracking import Tracker
 from engine.trainers.ppo_trainer import DeepSpeedPPOTrainer
 
@@ -29,6 +29,9 @@ def main() -> None:
             load_score_function(config.reward.function)  # a wrong name is told before models are built
         tokenizer = load_tokenizer(actor_name, chat_template=config.data.chat_template)
         prompts, num_iterations = create_datasets(args=config, tokenizer=tokenizer, train_phase=3)
+        pretraining = create_pretraining_dataset(config, tokenizer)
+    if pretraining is not None:
+        comm.check_same_everywhere({"the demonstrations": pretraining.dataset.examples.digest})
     comm.check_same_everywhere({"the prompts": prompts.dataset.digest})
     rlhf_engine = DeepSpeedRLHFEngine(
         actor_model_name_or_path=actor_name,
@@ -37,13 +40,18 @@ def main() -> None:
         num_total_iters=num_iterations,
         args=config,
     )
-    trainer = DeepSpeedPPOTrainer(rlhf_engine, config)
+    trainer = DeepSpeedPPOTrainer(rlhf_engine, config, pretraining)
     with comm.same_error_everywhere():
         tracker = Tracker(config, num_iterations=num_iterations, is_main=comm.is_main())
     with tracker:
         trainer.train(prompts, num_iterations, tracker)
-        export_huggingface(rlhf_engine.actor, output_dir / "actor", tokenizer)
-        export_huggingface(rlhf_engine.critic, output_dir / "critic", tokenizer)
+        actor_form = config.actor.export_form
+        export_huggingface(rlhf_engine.actor, output_dir / "actor", tokenizer, form=actor_form)
+        if rlhf_engine.actor_ema is not None:
+            average = rlhf_engine.actor_ema
+            export_huggingface(rlhf_engine.actor, output_dir / "actor_ema", tokenizer, form=actor_form, average=average)
+        if rlhf_engine.critic is not None:
+            export_huggingface(rlhf_engine.critic, output_dir / "critic", tokenizer, form=config.critic.export_form)
     if comm.is_main():
         print(f"Done: {num_iterations} iterations. Metrics, samples and the exported actor and critic: {output_dir}")
     comm.shutdown()

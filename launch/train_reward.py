@@ -28,7 +28,8 @@ def main() -> None:
         stage.train(tracker)
         scores = stage.trainer.numbers(stage.minibatches.dataset.examples if stage.held_out is None else stage.held_out)
         stage.model.module.keep_normalisation(scores.mean().item(), scores.std(correction=0).item())
-        export_huggingface(stage.model, Path(config.output_dir) / "reward", stage.tokenizer)
+        folder = Path(config.output_dir) / "reward"
+        export_huggingface(stage.model, folder, stage.tokenizer, form=config.export_form)
     if comm.is_main():
         print(f"Done: {stage.num_iterations} steps. Metrics and the exported reward model: {config.output_dir}")
     comm.shutdown()

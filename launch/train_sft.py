@@ -25,7 +25,8 @@ def main() -> None:
         tracker = Tracker(config, num_iterations=stage.num_iterations, is_main=comm.is_main(), shown=SHOWN)
     with tracker:
         stage.train(tracker)
-        export_huggingface(stage.model, Path(config.output_dir) / "model", stage.tokenizer)
+        folder = Path(config.output_dir) / "model"
+        export_huggingface(stage.model, folder, stage.tokenizer, form=config.export_form)
     if comm.is_main():
         print(f"Done: {stage.num_iterations} steps. Metrics and the exported model: {config.output_dir}")
     comm.shutdown()

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from engine.data.sequences import Sequences
 from engine.distributed import comm
@@ -17,6 +19,7 @@ from engine.models.scalar_head import load_critic
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPERATURE = dict(temperature=0.7, chunk_tokens=16)
+IDS = torch.tensor([[5, 6, 7, 200, 1, 0, 31, 8], [9, 100, 3, 44, 257, 12, 2, 2]])
 
 
 def ds_file(kind: int | str, strict_z3: str) -> Path:
@@ -112,3 +115,24 @@ def weights(engine) -> dict[str, Tensor]:
 def digest(engine) -> str:
     """A hash of every bit of the weights."""
     return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in weights(engine).values())).hexdigest()
+
+
+@torch.no_grad()
+def said_live(engine, role):
+    """Log-probs of every token but the first, or the value at every token."""
+    engine.eval()
+    everywhere = torch.arange(IDS.numel()).view_as(IDS)
+    if role == "critic":
+        return engine(IDS, everywhere.flatten()).view_as(IDS)
+    given = dict(temperature=1.0, chunk_tokens=4)
+    return engine(IDS, everywhere[:, :-1].flatten(), IDS[:, 1:].flatten(), **given).logprobs.view(len(IDS), -1)
+
+
+@torch.no_grad()
+def said_by_folder(folder, role):
+    """The same from the exported folder, by the formulas."""
+    if role == "actor":
+        logits = AutoModelForCausalLM.from_pretrained(folder).eval()(IDS).logits
+        return F.log_softmax(logits[:, :-1], dim=-1).gather(-1, IDS[:, 1:, None]).squeeze(-1)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    return model.score(model.base_model(IDS).last_hidden_state).squeeze(-1)

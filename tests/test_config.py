@@ -175,13 +175,32 @@ def test_there_are_recipes_and_ds_configs():
 # Values that cannot work
 
 
-def test_scores_come_from_one_source():
-    with pytest.raises(ValueError, match="neither is set"):
+def test_scores_come_from_somewhere():
+    with pytest.raises(ValueError, match=r"reward\.model_name_or_path.*reward\.function.*reward\.url"):
         RewardConfig()
-    with pytest.raises(ValueError, match="not both"):
-        RewardConfig(model_name_or_path="some/reward", function="mine:score")
-    with pytest.raises(ValueError, match=r"reward\.model_name_or_path.*reward\.function"):
-        RewardConfig()
+    RewardConfig(model_name_or_path="some/reward", function="mine:score", url="http://localhost:1/scores")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (dict(url="localhost:8000"), "http://"),
+        (dict(retries=-1), r"reward\.retries"),
+        (dict(timeout_s=0), r"reward\.timeout_s"),
+        (dict(clip=0), r"reward\.clip"),
+        (dict(overlong_penalty=1.0), "go together"),
+        (dict(overlong_tokens=8), "go together"),
+    ],
+)
+def test_settings_of_scores_that_cannot_work(given, said):
+    with pytest.raises(ValueError, match=said):
+        RewardConfig(function="mine:score", **given)
+
+
+def test_a_penalty_for_more_tokens_than_there_can_be_is_refused():
+    reward = RewardConfig(function="mine:score", overlong_penalty=1.0, overlong_tokens=999)
+    with pytest.raises(ValueError, match=r"reward\.overlong_tokens=999"):
+        config(reward=reward)
 
 
 @pytest.mark.parametrize("spec", ["mine", "mine.score", "a:b:c"])

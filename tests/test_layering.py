@@ -20,7 +20,7 @@ LAYERS = {
     "trainers": 5,
 }
 # Neither is a layer: the config is for layers 2 and up, a tracker is told what to write.
-FREE = {"config", "tracking"}
+FREE = {"config", "scores", "tracking"}
 MAY_IMPORT = {"config": set(), "tracking": {"config"}}
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import (
+    CriticConfig,
     DataConfig,
     DemonstrationDataConfig,
     DPOConfig,
@@ -26,6 +27,10 @@ LLAMA = f"random://llama?{_SIZES}&num_key_value_heads=2&intermediate_size=64&max
 QWEN2 = f"random://qwen2?{_SIZES}&num_key_value_heads=2&intermediate_size=64&max_position_embeddings=512"
 GPT2 = "random://gpt2?n_embd=32&n_layer=2&n_head=4&n_positions=512"  # dropout 0.1 is GPT-2's own default; tied
 OPT = f"random://opt?{_SIZES}&ffn_dim=64&word_embed_proj_dim=32&max_position_embeddings=512"
+# Rows of 64 inputs or a multiple: bitsandbytes shares a scale among 64 weights, and on a CPU it needs whole blocks.
+_WIDE = "hidden_size=64&num_hidden_layers=2&num_attention_heads=4&num_key_value_heads=2&intermediate_size=128"
+WIDE_LLAMA = f"random://llama?{_WIDE}&max_position_embeddings=512"
+WIDE_GPT2 = "random://gpt2?n_embd=64&n_layer=2&n_head=4&n_positions=512"
 MODELS = dict(llama=LLAMA, qwen2=QWEN2, gpt2=GPT2, opt=OPT)
 
 STRICT_Z3 = {
@@ -127,7 +132,7 @@ def ppo_config(folder: Path, *, model: str = LLAMA, prompts: list[str] | None = 
             run[name] = value
     classes = dict(
         actor=TrainedRoleConfig,
-        critic=TrainedRoleConfig,
+        critic=CriticConfig,
         ref=FrozenRoleConfig,
         reward=RewardConfig,
         data=DataConfig,

@@ -85,7 +85,27 @@ def chunked_token_logprobs(
         ValueError: shapes do not fit, temperature <= 0 or chunk_tokens < 1.
     """
     _check_chunked(hidden, tokens, temperature, chunk_tokens)
-    return _ChunkedTokenLogprobs.apply(hidden, weight, bias, tokens, temperature, chunk_tokens)
+    logprobs, _ = _ChunkedTokenLogprobs.apply(hidden, weight, bias, tokens, temperature, chunk_tokens, False)
+    return logprobs
+
+
+def chunked_token_logprobs_and_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, *, temperature: float, chunk_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """chunked_token_logprobs, and the entropy of the distributions that the tokens are drawn from.
+
+    Args:
+        hidden, weight, bias, tokens, temperature, chunk_tokens: as for chunked_token_logprobs.
+
+    Returns:
+        logprobs, entropy: (N,), nats, fp32 (fp64 for fp64 inputs), both differentiable (once) in hidden, weight and
+        bias.
+
+    Raises:
+        ValueError: shapes do not fit, temperature <= 0 or chunk_tokens < 1.
+    """
+    _check_chunked(hidden, tokens, temperature, chunk_tokens)
+    return _ChunkedTokenLogprobs.apply(hidden, weight, bias, tokens, temperature, chunk_tokens, True)
 
 
 @torch.no_grad()
@@ -108,8 +128,7 @@ def chunked_token_statistics(
     entropies = _empty_per_token(hidden)
     for rows in _chunks(hidden, chunk_tokens):
         logits, log_normaliser, logprobs[rows] = _chunk_logprobs(hidden[rows], weight, bias, tokens[rows], temperature)
-        log_p = logits.sub_(log_normaliser[:, None])
-        entropies[rows] = log_p.exp().mul_(log_p).sum(-1).neg_()
+        entropies[rows] = _entropies_(logits, log_normaliser)
     return logprobs, entropies
 
 
@@ -150,7 +169,80 @@ def chunked_full_kl(
     return kl
 
 
+def chunked_full_kl_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    token_weights: Tensor,
+    *,
+    temperature: float,
+    chunk_tokens: int,
+) -> Tensor:
+    """sum_i token_weights_i * KL_i of chunked_full_kl, as a term of a loss.
+
+    The gradient is computed in the forward pass, since the ref's head need not be at hand in the backward pass
+    (ZeRO-3 shards it again); Hsu et al. 2024, https://arxiv.org/abs/2410.10989, section 3.2.
+
+    Args:
+        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, chunk_tokens: as for chunked_full_kl.
+        token_weights: (N,).
+
+    Returns:
+        scalar, fp32 (fp64 for fp64 inputs), differentiable (once) in hidden, weight and bias.
+
+    Raises:
+        ValueError: shapes do not fit, temperature <= 0 or chunk_tokens < 1.
+    """
+    if not len(hidden) == len(ref_hidden) == len(token_weights):
+        raise ValueError(
+            f"hidden has {len(hidden)} rows, ref_hidden {len(ref_hidden)} and token_weights {len(token_weights)}."
+        )
+    _check_chunk_scalars(temperature, chunk_tokens)
+    ref = (ref_hidden.detach(), ref_weight.detach(), None if ref_bias is None else ref_bias.detach())
+    return _ChunkedFullKL.apply(hidden, weight, bias, *ref, token_weights, temperature, chunk_tokens)
+
+
+class _ChunkedFullKL(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ref_hidden: Tensor,
+        ref_weight: Tensor,
+        ref_bias: Tensor | None,
+        token_weights: Tensor,
+        temperature: float,
+        chunk_tokens: int,
+    ) -> Tensor:
+        total = _empty_per_token(hidden[:0]).sum()
+        sums = _ChunkGradients(hidden, weight, bias, ctx.needs_input_grad[:3], dtype=total.dtype)
+        for rows in _chunks(hidden, chunk_tokens):
+            log_p = _chunk_logits(hidden[rows], weight, bias, temperature).log_softmax(-1)
+            log_ref = _chunk_logits(ref_hidden[rows], ref_weight, ref_bias, temperature).log_softmax(-1)
+            p, difference = log_p.exp(), log_p - log_ref
+            kl = (p * difference).sum(-1)
+            total += (token_weights[rows] * kl).sum()
+            # d KL / d logits = p (log p - log ref - KL) / temperature
+            scale = (token_weights[rows] / temperature)[:, None]
+            sums.add(rows, p.mul_(difference.sub_(kl[:, None])).mul_(scale))
+        ctx.save_for_backward(*sums.gradients())
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = (None if tensor is None else tensor * grad.to(tensor.dtype) for tensor in ctx.saved_tensors)
+        return *scaled, None, None, None, None, None, None
+
+
 class _ChunkedTokenLogprobs(torch.autograd.Function):
+    """Log-probs (N,) and, if asked for, entropies (N,), otherwise (0,)."""
+
     @staticmethod
     def forward(
         ctx: FunctionCtx,
@@ -160,45 +252,75 @@ class _ChunkedTokenLogprobs(torch.autograd.Function):
         tokens: Tensor,
         temperature: float,
         chunk_tokens: int,
-    ) -> Tensor:
-        logprobs = _empty_per_token(hidden)
-        log_normaliser = _empty_per_token(hidden)
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
+        logprobs, log_normaliser = _empty_per_token(hidden), _empty_per_token(hidden)
+        entropies = _empty_per_token(hidden if with_entropy else hidden[:0])
         for rows in _chunks(hidden, chunk_tokens):
-            _, log_normaliser[rows], logprobs[rows] = _chunk_logprobs(
+            logits, log_normaliser[rows], logprobs[rows] = _chunk_logprobs(
                 hidden[rows], weight, bias, tokens[rows], temperature
             )
+            if with_entropy:
+                entropies[rows] = _entropies_(logits, log_normaliser[rows])
         # The parameter and no view of it: ZeRO-3 empties and refills its .data, which only the saved leaf itself sees.
-        ctx.save_for_backward(hidden, weight, bias, tokens, log_normaliser)
-        ctx.temperature = temperature
-        ctx.chunk_tokens = chunk_tokens
-        return logprobs
+        ctx.save_for_backward(hidden, weight, bias, tokens, log_normaliser, entropies)
+        ctx.temperature, ctx.chunk_tokens, ctx.with_entropy = temperature, chunk_tokens, with_entropy
+        return logprobs, entropies
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, tokens, log_normaliser = ctx.saved_tensors
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=log_normaliser.dtype) if needs_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=log_normaliser.dtype) if needs_bias else None
+    def backward(ctx: FunctionCtx, grad: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, tokens, log_normaliser, entropies = ctx.saved_tensors
+        sums = _ChunkGradients(hidden, weight, bias, ctx.needs_input_grad[:3], dtype=log_normaliser.dtype)
         for rows in _chunks(hidden, ctx.chunk_tokens):
-            logits = _chunk_logits(hidden[rows], weight, bias, ctx.temperature)
-            # d logprob / d logits = (onehot(token) - p) / temperature, built in the logits' own memory.
+            log_p = _chunk_logits(hidden[rows], weight, bias, ctx.temperature).sub_(log_normaliser[rows, None])
+            # d logprob / d logits = (onehot(token) - p) / temperature
             scale = (grad[rows] / ctx.temperature)[:, None]
-            grad_logits = logits.sub_(log_normaliser[rows, None]).exp_().mul_(-scale)
+            factor = -scale
+            if ctx.with_entropy:
+                # d entropy / d logits = -p (log p + entropy) / temperature
+                factor = factor - (grad_entropy[rows] / ctx.temperature)[:, None] * (log_p + entropies[rows, None])
+            grad_logits = log_p.exp_().mul_(factor)
             grad_logits.scatter_add_(1, tokens[rows, None], scale)
-            if needs_bias:
-                grad_bias += grad_logits.sum(0)
-            grad_logits = grad_logits.to(hidden.dtype)
-            if needs_hidden:
-                grad_hidden[rows] = grad_logits @ weight
-            if needs_weight and grad_weight.dtype == hidden.dtype:
-                grad_weight.addmm_(grad_logits.t(), hidden[rows])
-            elif needs_weight:
-                grad_weight += grad_logits.t() @ hidden[rows]
-        grad_weight = grad_weight.to(weight.dtype) if needs_weight else None
-        grad_bias = grad_bias.to(bias.dtype) if needs_bias else None
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+            sums.add(rows, grad_logits)
+        return *sums.gradients(), None, None, None, None
+
+
+class _ChunkGradients:
+    """Gradients of hidden states and head, from those of chunk after chunk of logits; None where nobody needs them."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed, *, dtype: torch.dtype):
+        needs_hidden, needs_weight, needs_bias = needed
+        self.inputs = hidden, weight, bias
+        self.hidden = torch.empty_like(hidden) if needs_hidden else None
+        self.weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
+        self.bias = torch.zeros_like(bias, dtype=dtype) if needs_bias else None
+
+    def add(self, rows: slice, grad_logits: Tensor) -> None:
+        hidden, weight, _ = self.inputs
+        if self.bias is not None:
+            self.bias += grad_logits.sum(0)
+        grad_logits = grad_logits.to(hidden.dtype)
+        if self.hidden is not None:
+            self.hidden[rows] = grad_logits @ weight
+        if self.weight is not None and self.weight.dtype == hidden.dtype:
+            self.weight.addmm_(grad_logits.t(), hidden[rows])
+        elif self.weight is not None:
+            self.weight += grad_logits.t() @ hidden[rows]
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        _, weight, bias = self.inputs
+        return (
+            self.hidden,
+            None if self.weight is None else self.weight.to(weight.dtype),
+            None if self.bias is None else self.bias.to(bias.dtype),
+        )
+
+
+def _entropies_(logits: Tensor, log_normaliser: Tensor) -> Tensor:
+    """(n,) of softmax(logits); overwrites the logits."""
+    log_p = logits.sub_(log_normaliser[:, None])
+    return log_p.exp().mul_(log_p).sum(-1).neg_()
 
 
 def _chunk_logprobs(

@@ -1,8 +1,11 @@
-"""PPO's clipped policy and value losses, and the counts that say how often a clip was active.
+"""PPO's policy and value losses, and the counts that say how often a clip was active.
 
 A loss is the sum over this micro-batch's tokens divided by the token count of the whole minibatch (all micro-batches,
-all ranks): adding micro-batches up gives the mean over tokens, however the minibatch was split.
+all ranks): adding micro-batches up gives the mean over tokens, however the minibatch was split. Weights of tokens make
+other means of it (`token_weights`), or correct for the policy that sampled (`importance_weights`).
 """
+
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -34,11 +37,18 @@ def policy_ratio(new_logprobs: Tensor, logprobs: Tensor) -> Tensor:
 
 
 def clipped_policy_loss(
-    new_logprobs: Tensor, logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip_range: float, count: int
+    new_logprobs: Tensor,
+    logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_range: float,
+    count: int,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """PPO-clip, as a loss.
 
-        sum_t max(-A_t * ratio_t, -A_t * clip(ratio_t, 1 - clip_range, 1 + clip_range)) / count
+        sum_t w_t max(-A_t * ratio_t, -A_t * clip(ratio_t, 1 - clip_range, 1 + clip_range)) / count
 
     Schulman et al. 2017, https://arxiv.org/abs/1707.06347, eq. 7.
 
@@ -48,6 +58,7 @@ def clipped_policy_loss(
         mask: bool, the same shape; what the others hold where it is False does not matter, nor for the gradient.
         clip_range: half-width of the interval around ratio 1.
         count: response tokens of the whole minibatch, over all micro-batches and ranks, > 0.
+        weights: w_t, the same shape; 1 when not given.
 
     Returns:
         scalar.
@@ -57,7 +68,134 @@ def clipped_policy_loss(
     """
     _check_count(count)
     unclipped, clipped = _policy_branches(new_logprobs, logprobs, advantages, mask, clip_range)
-    return masked_sum(torch.maximum(unclipped, clipped), mask) / count
+    return weighted_sum(torch.maximum(unclipped, clipped), mask, weights) / count
+
+
+def penalised_policy_loss(
+    new_logprobs: Tensor,
+    logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    penalty_coef: float,
+    count: int,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """PPO with a penalty in place of the clip.
+
+        sum_t w_t (-A_t * ratio_t + penalty_coef * KL_t) / count        KL_t = (ratio_t - 1) - log ratio_t
+
+    KL_t estimates KL(old || new) from the tokens that the old policy drew (k3 of Schulman 2020,
+    http://joschu.net/blog/kl-approx.html). Schulman et al. 2017, https://arxiv.org/abs/1707.06347, eq. 8.
+
+    Args:
+        new_logprobs, logprobs, advantages, mask, count, weights: as for clipped_policy_loss.
+        penalty_coef: beta, in units of the advantages per nat.
+
+    Returns:
+        scalar.
+
+    Raises:
+        ValueError: shapes differ, or count <= 0.
+    """
+    _check_count(count)
+    surrogate, _ = _policy_branches(new_logprobs, logprobs, advantages, mask, 0.0)
+    log_ratio = _log_ratio(new_logprobs.masked_fill(~mask, 0), logprobs.masked_fill(~mask, 0))
+    kl = torch.expm1(log_ratio) - log_ratio
+    return weighted_sum(surrogate + penalty_coef * kl, mask, weights) / count
+
+
+def kl_loss(
+    new_logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    estimator: Literal["k2", "k3"],
+    count: int,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """The KL to the ref as a term of the loss, where it is not in the rewards.
+
+        sum_t w_t KL_t / count
+
+    Of k1 the gradient says nothing about the KL (its expectation is 0), so it is refused here. That of k2 is the KL's
+    own while the tokens are the policy's. Shao et al. 2024, https://arxiv.org/abs/2402.03300, eq. 4 (k3).
+
+    Args:
+        new_logprobs, ref_logprobs: any shape, nats; only new_logprobs carries a gradient.
+        mask, count, weights: as for clipped_policy_loss.
+
+    Returns:
+        scalar, nats.
+
+    Raises:
+        ValueError: shapes differ, count <= 0, or another estimator.
+    """
+    _check_count(count)
+    if estimator not in ("k2", "k3"):
+        raise ValueError(f"estimator={estimator!r} has no gradient that lowers the KL; take 'k2', 'k3' or the full KL.")
+    check_shapes(mask, new_logprobs=new_logprobs, ref_logprobs=ref_logprobs)
+    new_logprobs, ref_logprobs = new_logprobs.masked_fill(~mask, 0), ref_logprobs.masked_fill(~mask, 0)
+    return weighted_sum(sampled_kl(new_logprobs, ref_logprobs, estimator=estimator), mask, weights) / count
+
+
+def token_weights(
+    response_lengths: Tensor, *, mean: Literal["tokens", "responses", "constant"], max_response_tokens: int
+) -> Tensor:
+    """What each token of a minibatch weighs, so that a sum over tokens divided by their number N is the wanted mean.
+
+        tokens:     1                   every token weighs the same
+        responses:  N / (B length_i)    every response does: the mean of the responses' means (GRPO)
+        constant:   N / (B max)         the sum over tokens divided by a constant (Dr. GRPO)
+
+    Shao et al. 2024, https://arxiv.org/abs/2402.03300, eq. 3; Liu et al. 2025, https://arxiv.org/abs/2503.20783,
+    section 3.2.
+
+    Args:
+        response_lengths: (B,) int64, of the whole minibatch.
+        max_response_tokens: of a response.
+
+    Returns:
+        (N,) fp32, row after row.
+    """
+    tokens, responses = int(response_lengths.sum()), len(response_lengths)
+    if mean == "tokens":
+        return torch.ones(tokens)
+    if mean == "constant":
+        return torch.full((tokens,), tokens / (responses * max_response_tokens))
+    per_row = tokens / (responses * response_lengths.clamp(min=1).float())
+    return per_row.repeat_interleave(response_lengths)
+
+
+@torch.no_grad()
+def importance_weights(logprobs: Tensor, behaviour_logprobs: Tensor, *, cap: float) -> Tensor:
+    """How much likelier a token was under the policy that is trained than under the one that sampled it, cut off.
+
+        min(exp(logprobs - behaviour_logprobs), cap)
+
+    The two differ where decoding computes in another way than training: filters, lower precision, another engine. Yao
+    et al. 2025, https://fengyao.notion.site/off-policy-rl (truncated importance sampling); Ionides 2008,
+    https://doi.org/10.1198/106186008X320456.
+
+    Args:
+        logprobs, behaviour_logprobs: the same shape, nats.
+        cap: >= 1.
+
+    Returns:
+        the same shape.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    return policy_ratio(logprobs, behaviour_logprobs).clamp(max=cap)
+
+
+def weighted_sum(x: Tensor, mask: Tensor, weights: Tensor | None) -> Tensor:
+    """masked_sum of x, each entry times its weight if there are any."""
+    if weights is None:
+        return masked_sum(x, mask)
+    check_shapes(mask, weights=weights)
+    return masked_sum(x * weights.masked_fill(~mask, 0), mask)
 
 
 def clipped_value_loss(

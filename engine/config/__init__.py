@@ -7,12 +7,14 @@ refused. How memory is sharded is not here but in `ds_configs/`.
 from engine.config.checks import DS_CONFIGS
 from engine.config.command_line import as_dict, parse, run
 from engine.config.data import DataConfig, DemonstrationDataConfig, PreferenceDataConfig
-from engine.config.ppo import PPOConfig, RolloutConfig
+from engine.config.ppo import PPOConfig, PretrainingConfig, RolloutConfig
 from engine.config.roles import (
     CriticConfig,
     FrozenRoleConfig,
+    LoRAConfig,
     OptimizerConfig,
     RewardConfig,
+    SteadyLoRAConfig,
     TrainedRoleConfig,
     resolved_dtype,
 )
@@ -26,13 +28,16 @@ __all__ = [
     "DataConfig",
     "DemonstrationDataConfig",
     "FrozenRoleConfig",
+    "LoRAConfig",
     "OptimizerConfig",
     "PPOConfig",
     "PreferenceDataConfig",
+    "PretrainingConfig",
     "RewardConfig",
     "RewardModelConfig",
     "RolloutConfig",
     "SFTConfig",
+    "SteadyLoRAConfig",
     "SupervisedConfig",
     "TrackingConfig",
     "TrainedRoleConfig",

@@ -6,9 +6,18 @@ from pathlib import Path
 from typing import Literal
 
 from engine.config.checks import at_least, ds_config_of, next_multiple
-from engine.config.data import DataConfig
-from engine.config.roles import CriticConfig, FrozenRoleConfig, RewardConfig, TrainedRoleConfig
+from engine.config.data import DataConfig, DemonstrationDataConfig
+from engine.config.roles import (
+    CriticConfig,
+    FrozenRoleConfig,
+    RewardConfig,
+    TrainedRoleConfig,
+    check_ref_is_own,
+    check_trainable,
+)
 from engine.config.tracking import TrackingConfig
+
+AdvantageEstimator = Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,23 +61,58 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PretrainingConfig:
+    """A language-model loss beside PPO's, so that the actor forgets less (PPO-ptx; Ouyang et al. 2022,
+    https://arxiv.org/abs/2203.02155, eq. 2).
+
+    Attributes:
+        data: demonstrations; every optimizer step takes `minibatch_size` of them.
+        coef: of their mean negative log-likelihood per token.
+        loss_on: the tokens that are learned: of the `response`, or of the whole `sequence`.
+    """
+
+    data: DemonstrationDataConfig
+    coef: float
+    loss_on: Literal["response", "sequence"] = "sequence"
+
+    def __post_init__(self):
+        at_least("pretraining.coef", self.coef, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PPOConfig:
     """One PPO run (Schulman et al. 2017; Ouyang et al. 2022).
 
     Attributes:
         critic: starts from the reward model's weights unless its own model is named; with a score function, from the
             actor's with a fresh head.
-        ref: the actor's starting point unless its own model is named.
+        ref: the actor's starting point unless its own model is named; where the actor trains an adapter, that is the
+            actor itself with the adapter switched off, and no second model is built.
         zero_stage: of every role that does not name its own; `ds_config` is a DeepSpeed JSON file in its place.
         dtype: `auto` is bfloat16 on a GPU and float32 on a CPU.
         rollout_batch_size: responses per iteration, all GPUs.
         minibatch_size: responses per optimizer step, all GPUs.
         micro_batch_size: responses of full length per forward pass, one GPU. Shorter responses share a forward pass
             as long as they stay within the same number of tokens; gradient accumulation is derived.
-        kl_coef: of the per-token KL penalty between actor and ref in the reward.
+        advantage_estimator: `gae` with a critic, or one of the critic-free ones, which compare the responses to a
+            prompt (`rollout.samples_per_prompt` of them) or look at the rewards alone: no critic is then built.
+        advantage_whitening: shift and scale the advantages of an iteration; `auto` does so for `gae` and the two
+            `reinforce_plus_plus`.
+        kl_coef: of the per-token KL penalty between actor and ref.
+        kl_placement: the penalty is part of the rewards, or a term of the actor's loss (k2, k3 or full).
         kl_target, kl_horizon: of the adaptive controllers, in nats per response and in responses.
+        policy_loss: `clip`, or `penalty` on the KL to the policy that sampled, with a coefficient that begins at
+            `penalty_coef` and is doubled or halved to keep that KL near `penalty_target` nats per token.
+        loss_mean: every token weighs the same, or every response, or a constant number of tokens divides the sum.
+        target_kl: an iteration's epochs end early when a step's approximate KL to the policy that sampled exceeds so
+            many nats per token.
+        entropy_coef: of the mean entropy, which is taken off the loss.
+        importance_cap: correct for the difference between the distribution that tokens were drawn from and the
+            actor's (filters, precision) by their ratio, cut off here; no correction when not given.
         value_clip_range: around the values at rollout time.
         value_label: the critic's regression target.
+        ema_decay: of an exponential moving average of the actor's weights, taken after every optimizer step and
+            exported as `actor_ema`; no average when not given.
         logits_chunk_tokens: so many tokens are projected to the vocabulary at a time.
         max_skipped_steps: so many steps skipped in a row for numbers that are not finite stop the run.
         distributed_timeout_s: a rank that waits longer for the others gives up.
@@ -81,6 +125,7 @@ class PPOConfig:
     ref: FrozenRoleConfig = field(default_factory=FrozenRoleConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    pretraining: PretrainingConfig | None = None
 
     output_dir: str
     seed: int = 0
@@ -95,17 +140,28 @@ class PPOConfig:
     micro_batch_size: int = 4
     ppo_epochs: int = 1
 
+    advantage_estimator: AdvantageEstimator = "gae"
+    advantage_whitening: Literal["auto", "global", "none"] = "auto"
     kl_coef: float = 0.05
+    kl_placement: Literal["reward", "loss"] = "reward"
     kl_estimator: Literal["full", "k1", "k2", "k3"] = "k1"
     kl_controller: Literal["fixed", "ziegler", "schulman"] = "fixed"
     kl_target: float = 6.0
     kl_horizon: float = 10_000
     gamma: float = 1.0
     lam: float = 0.95
+    policy_loss: Literal["clip", "penalty"] = "clip"
+    loss_mean: Literal["tokens", "responses", "constant"] = "tokens"
+    penalty_coef: float = 1.0
+    penalty_target: float = 0.01
+    target_kl: float | None = None
+    entropy_coef: float = 0.0
+    importance_cap: float | None = None
     clip_range: float = 0.2
     value_clip_range: float = 0.2
     value_label: Literal["gae", "monte_carlo", "temporal_difference"] = "gae"
 
+    ema_decay: float | None = None
     logits_chunk_tokens: int = 1024
     max_skipped_steps: int = 16
     distributed_timeout_s: int = 1800
@@ -124,8 +180,25 @@ class PPOConfig:
             at_least(name, getattr(self, name), 1)
         if self.num_iterations is not None:
             at_least("num_iterations", self.num_iterations, 1)
-        for name in ("kl_coef", "clip_range", "value_clip_range", "kl_target"):
+        for name in ("kl_coef", "clip_range", "value_clip_range", "kl_target", "penalty_coef", "entropy_coef"):
             at_least(name, getattr(self, name), 0)
+        if self.importance_cap is not None:
+            at_least("importance_cap", self.importance_cap, 1)
+        for name in ("penalty_target", "target_kl"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0 nats per token.")
+        if self.kl_placement == "loss" and self.kl_estimator == "k1":
+            raise ValueError(
+                "kl_placement=loss with kl_estimator=k1: the gradient of k1 is 0 on average, whatever the KL. Set "
+                "--kl_estimator k3, k2 or full."
+            )
+        if self.compares_responses and self.rollout.samples_per_prompt < 2:
+            raise ValueError(
+                f"advantage_estimator={self.advantage_estimator} compares the responses to a prompt: set "
+                f"--rollout.samples_per_prompt to 2 or more."
+            )
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay} must be at least 0 and below 1.")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1].")
@@ -143,8 +216,17 @@ class PPOConfig:
                     f"rollout_batch_size={self.rollout_batch_size} is not a multiple of {name}={divisor}. "
                     f"{self._sizes_for(self.micro_batch_size)}"
                 )
-        if self.reward.function is not None and (self.reward.zero_stage, self.reward.ds_config) != (None, None):
-            raise ValueError("reward.function is a Python function: reward.zero_stage and reward.ds_config do nothing.")
+        if self.reward.model_name_or_path is None and (self.reward.zero_stage, self.reward.ds_config) != (None, None):
+            raise ValueError("There is no reward model: reward.zero_stage and reward.ds_config do nothing.")
+        if self.reward.overlong_tokens > self.rollout.max_response_tokens:
+            raise ValueError(
+                f"reward.overlong_tokens={self.reward.overlong_tokens} is more than "
+                f"rollout.max_response_tokens={self.rollout.max_response_tokens}."
+            )
+        for role in ("actor", "critic"):
+            check_trainable(role, getattr(self, role), getattr(self, role))
+        if self.ref_is_the_actor:
+            check_ref_is_own(self.ref, "actor")
         for role in ("actor", "critic", "ref", "reward"):
             self.ds_config_of(role)
 
@@ -169,6 +251,27 @@ class PPOConfig:
         return "Try" + "".join(f" --{name} {size}" for name, size in sizes.items() if size != getattr(self, name)) + "."
 
     @property
+    def ref_is_the_actor(self) -> bool:
+        """Whether the ref is the actor with its adapter switched off."""
+        return self.actor.has_adapter and self.ref.model_name_or_path is None
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether advantages need values."""
+        return self.advantage_estimator == "gae"
+
+    @property
+    def compares_responses(self) -> bool:
+        """Whether advantages need several responses to each prompt."""
+        return self.advantage_estimator not in ("gae", "reinforce_plus_plus")
+
+    @property
+    def whitened(self) -> bool:
+        """Whether advantages are shifted and scaled over an iteration."""
+        by_default = self.advantage_estimator in ("gae", "reinforce_plus_plus", "reinforce_plus_plus_baseline")
+        return by_default if self.advantage_whitening == "auto" else self.advantage_whitening == "global"
+
+    @property
     def prompts_per_iteration(self) -> int:
         """Prompts per iteration, all GPUs."""
         return self.rollout_batch_size // self.rollout.samples_per_prompt
@@ -182,6 +285,11 @@ class PPOConfig:
     def micro_batch_tokens(self) -> int:
         """Tokens of one padded forward pass: `micro_batch_size` sequences of full length."""
         return self.micro_batch_size * (self.data.max_prompt_tokens + self.rollout.max_response_tokens)
+
+    @property
+    def pretraining_tokens(self) -> int:
+        """Tokens of one forward pass over demonstrations: as many as over responses, or one of full length."""
+        return max(self.micro_batch_tokens, self.pretraining.data.max_length)
 
     @property
     def rollout_micro_batch_size(self) -> int:

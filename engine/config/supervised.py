@@ -6,7 +6,7 @@ from typing import Literal
 
 from engine.config.checks import at_least, ds_config_of, next_multiple
 from engine.config.data import DemonstrationDataConfig, PreferenceDataConfig, SupervisedDataConfig
-from engine.config.roles import FrozenRoleConfig, OptimizerConfig
+from engine.config.roles import FrozenRoleConfig, OptimizerConfig, check_ref_is_own, check_trainable
 from engine.config.tracking import TrackingConfig
 
 
@@ -95,6 +95,7 @@ class SFTConfig(SupervisedConfig):
     def __post_init__(self):
         super().__post_init__()
         check_named("model", self.model)
+        check_trainable("model", self.model, self)
 
     def ds_config_of(self, role: Literal["model"]) -> Path:
         """The file in which a role's sharding is described. The role's own setting wins over the run's."""
@@ -115,6 +116,7 @@ class RewardModelConfig(SupervisedConfig):
     def __post_init__(self):
         super().__post_init__()
         check_named("reward", self.reward)
+        check_trainable("reward", self.reward, self)
 
     def ds_config_of(self, role: Literal["reward"]) -> Path:
         """The file in which a role's sharding is described. The role's own setting wins over the run's."""
@@ -127,7 +129,8 @@ class DPOConfig(SupervisedConfig):
 
     Attributes:
         model: the language model to train.
-        ref: the model's starting point unless another is named.
+        ref: the model's starting point unless another is named; where an adapter is trained, that is the model itself
+            with the adapter switched off, and no second one is built to be asked online.
         loss: `dpo`, or `ipo` (Azar et al. 2023).
         beta: how strongly the model is held to the ref.
         label_smoothing: the share of pairs taken to be labelled the wrong way round (conservative DPO); for `dpo`.
@@ -147,6 +150,7 @@ class DPOConfig(SupervisedConfig):
     def __post_init__(self):
         super().__post_init__()
         check_named("model", self.model)
+        check_trainable("model", self.model, self)
         if not self.beta > 0:
             raise ValueError(f"beta={self.beta} must be above 0.")
         if not 0 <= self.label_smoothing < 0.5:
@@ -155,11 +159,24 @@ class DPOConfig(SupervisedConfig):
             raise ValueError(f"label_smoothing={self.label_smoothing} belongs to loss=dpo; loss={self.loss} has none.")
         if self.data.margin_column is not None and self.loss != "dpo":
             raise ValueError(f"data.margin_column belongs to loss=dpo; loss={self.loss} has no margin.")
+        if self.ref_is_the_model:
+            check_ref_is_own(self.ref, "model")
 
     @property
     def ref_name(self) -> str:
         """The ref's model, after the default."""
         return self.ref.model_name_or_path or self.model.model_name_or_path
+
+    @property
+    def ref_quantization(self) -> Literal["nf4"] | None:
+        """The ref's, after the default: a ref that is the model's starting point has that one's bits."""
+        own, named = self.ref.quantization, self.ref.model_name_or_path is not None
+        return own if own is not None or named else self.model.quantization
+
+    @property
+    def ref_is_the_model(self) -> bool:
+        """Whether the ref is the model with its adapter switched off."""
+        return self.has_adapter and self.ref.model_name_or_path is None and self.ref_logprobs == "online"
 
     def ds_config_of(self, role: Literal["model", "ref"]) -> Path:
         """The file in which a role's sharding is described. The role's own setting wins over the run's."""

@@ -8,7 +8,7 @@ from engine.data.columns import demonstrations, preferences
 from engine.data.examples import Examples, create_example_dataloader, learned_whole, load_examples, load_held_out
 from engine.data.prompts import PromptBatch, create_prompt_dataloader
 
-__all__ = ["Examples", "PromptBatch", "create_datasets", "create_eval_dataset"]
+__all__ = ["Examples", "PromptBatch", "create_datasets", "create_eval_dataset", "create_pretraining_dataset"]
 
 READERS = {1: demonstrations, 2: preferences}
 
@@ -42,6 +42,16 @@ def create_eval_dataset(args, tokenizer, train_phase: int) -> Examples | None:
     """What phase 1 or 2 holds out, by `data.eval` or `data.eval_fraction`; None when neither is set."""
     held_out = load_held_out(args.data, tokenizer, _reader(train_phase), seed=args.seed, say=_silently)
     return None if held_out is None else _learned(held_out, args, train_phase)
+
+
+def create_pretraining_dataset(args, tokenizer) -> DataLoader | None:
+    """The minibatches of demonstrations that PPO learns beside its own loss (`args.pretraining`); None without any."""
+    mix = args.pretraining
+    if mix is None:
+        return None
+    train, _ = load_examples(mix.data, tokenizer, demonstrations, seed=args.seed, say=_silently)
+    dataloader, _ = create_example_dataloader(args, learned_whole(train) if mix.loss_on == "sequence" else train)
+    return dataloader
 
 
 def _reader(train_phase: int):

@@ -73,6 +73,15 @@ class Sequences:
             response_lengths=self.response_lengths[rows],
         )
 
+    def without_responses(self, rows: Tensor) -> "Sequences":
+        """The same with nothing after the prompts of the rows that are True in `rows` (B,)."""
+        kept = self.response_lengths.masked_fill(rows, 0)
+        within = torch.arange(len(self.tokens)) - (self.lengths.cumsum(0) - self.lengths).repeat_interleave(
+            self.lengths
+        )
+        stays = within < (self.prompt_lengths + kept).repeat_interleave(self.lengths)
+        return Sequences(tokens=self.tokens[stays], prompt_lengths=self.prompt_lengths, response_lengths=kept)
+
     @property
     def lengths(self) -> Tensor:
         """(B,) prompt and response together."""

@@ -14,7 +14,7 @@ from deepspeed import DeepSpeedEngine
 from torch import nn
 
 from engine.distributed import comm
-from engine.distributed.initialize import parameter_count, stage_of
+from engine.distributed.initialize import parameter_bytes, stage_of
 
 
 @contextmanager
@@ -57,7 +57,8 @@ def gathered(parameters: Iterable[nn.Parameter]):
 
     A collective under ZeRO-3.
     """
-    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    # Each once: DeepSpeed would gather a parameter that comes twice a second time, over its own weights.
+    sharded = [parameter for parameter in dict.fromkeys(parameters) if hasattr(parameter, "ds_id")]
     return deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext()
 
 
@@ -81,8 +82,7 @@ def _unsharded(engine: DeepSpeedEngine) -> Iterator[None]:
 
 
 def _check_it_fits(engine: DeepSpeedEngine) -> None:
-    dtype = next(engine.module.parameters()).dtype
-    needed = parameter_count(engine) * dtype.itemsize
+    needed = parameter_bytes(engine)
     if comm.device().type == "cuda":
         # What torch's allocator holds idle since the last phase is as good as free.
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()

@@ -23,6 +23,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 from engine.distributed.comm import device
 from engine.distributed.zero_config import frozen_config, training_config
 from engine.models.loading import restore_rope
+from engine.models.lora import adapter_off, is_adapter
 
 Engine = DeepSpeedEngine  # what the upper layers hold; they do not import deepspeed
 
@@ -43,23 +44,33 @@ def trained_engine(
     betas: tuple[float, float],
     max_grad_norm: float,
     gradient_checkpointing: bool,
+    adapter_learning_rate: float | None = None,
 ) -> DeepSpeedEngine:
     """A model with AdamW (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101) and a learning-rate schedule.
 
     A collective.
 
     Args:
-        build_model: makes the wrapper module; its `.model` is the transformers model.
+        build_model: makes the wrapper module; its `.model` is the transformers model. What requires no gradient stays
+            as it is.
         weight_decay: of matrices; vectors (norms, biases) have none.
         total_steps: optimizer steps until the schedule ends.
+        adapter_learning_rate: of an adapter's weights, where there are any; `learning_rate` when not given.
     """
     config = training_config(ds_config, dtype=dtype, max_grad_norm=max_grad_norm)
     module = _built(build_model, config)
     if gradient_checkpointing:
         module.model.gradient_checkpointing_enable({"use_reentrant": False})
-    decayed = [p for p in module.parameters() if p.requires_grad and _rank(p) > 1]
-    others = [p for p in module.parameters() if p.requires_grad and _rank(p) <= 1]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    adapter = [p for name, p in trained if is_adapter(name)]
+    decayed = [p for name, p in trained if not is_adapter(name) and _rank(p) > 1]
+    others = [p for name, p in trained if not is_adapter(name) and _rank(p) <= 1]
+    adapter_learning_rate = learning_rate if adapter_learning_rate is None else adapter_learning_rate
+    groups = [
+        {"params": adapter, "weight_decay": weight_decay, "lr": adapter_learning_rate},
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     groups = [group for group in groups if group["params"]]  # DeepSpeed drops an empty one, and the schedule misses it
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
     # transformers' "constant" has no warm-up.
@@ -68,6 +79,35 @@ def trained_engine(
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=scheduler, config=config)
     restore_rope(engine.module)
     return engine
+
+
+class WithoutAdapter:
+    """A trained engine with its adapter switched off, in the place of a frozen one: the model that training began with.
+
+    A ref that costs no memory. It is asked in eval mode and without gradients, and leaves the engine as it was.
+    """
+
+    def __init__(self, engine: DeepSpeedEngine):
+        self.engine = engine
+
+    @property
+    def module(self) -> nn.Module:
+        """The wrapper module, with the adapter on."""
+        return self.engine.module
+
+    def eval(self) -> None:
+        """Nothing: the mode is the trained engine's."""
+
+    @torch.no_grad()
+    def __call__(self, *args, **kwargs) -> Any:
+        """A forward pass; a collective under ZeRO-3."""
+        was_training = self.module.training
+        self.module.eval()
+        try:
+            with adapter_off(self.module):
+                return self.engine(*args, **kwargs)
+        finally:
+            self.module.train(was_training)
 
 
 def frozen_engine(build_model: Callable[[], nn.Module], *, ds_config: Path, dtype: str) -> DeepSpeedEngine:
@@ -103,9 +143,9 @@ def stage_of(engine: DeepSpeedEngine) -> int:
     return engine.zero_optimization_stage()
 
 
-def parameter_count(engine: DeepSpeedEngine) -> int:
-    """Parameters of the whole model, sharded or not."""
-    return sum(math.prod(_whole_shape(p)) for p in engine.module.parameters())
+def parameter_bytes(engine: DeepSpeedEngine) -> int:
+    """What the whole model takes; a byte holds two weights of 4 bits."""
+    return sum(math.prod(_whole_shape(p)) * p.element_size() for p in engine.module.parameters())
 
 
 def _built(build_model: Callable[[], nn.Module], config: dict[str, Any]) -> nn.Module:

@@ -1,12 +1,16 @@
 """A causal language model that answers with the log-probabilities of given tokens, never with logits."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from engine.algorithms.logprobs import chunked_token_logprobs, chunked_token_statistics
+from engine.algorithms.logprobs import (
+    chunked_token_logprobs,
+    chunked_token_logprobs_and_entropy,
+    chunked_token_statistics,
+)
 from engine.models.loading import load_pretrained
 
 
@@ -15,7 +19,7 @@ class TokenLogprobs(NamedTuple):
 
     logprobs: Tensor  # (N,) fp32
     hidden: Tensor  # (N, H) the states that predict the tokens
-    entropy: Tensor | None  # (N,) fp32, of the whole distributions; None with gradients
+    entropy: Tensor | None  # (N,) fp32, of the whole distributions; with gradients only where asked for
 
 
 class LanguageModel(nn.Module):
@@ -43,6 +47,7 @@ class LanguageModel(nn.Module):
         temperature: float,
         chunk_tokens: int,
         position_ids: Tensor | None = None,
+        with_entropy: bool = False,
     ) -> TokenLogprobs:
         """Log-probabilities of `targets`.
 
@@ -53,24 +58,33 @@ class LanguageModel(nn.Module):
             temperature: divides the logits.
             chunk_tokens: so many rows of logits exist at a time.
             position_ids: (1, S) where rows are packed into one; see `hidden_states`.
+            with_entropy: differentiable entropies as well; without gradients they are always there.
         """
         hidden = hidden_states(self.model, input_ids, position_ids)[positions]
         weight, bias = self.head.weight, getattr(self.head, "bias", None)
         given = dict(temperature=temperature, chunk_tokens=chunk_tokens)
+        if torch.is_grad_enabled() and with_entropy:
+            logprobs, entropy = chunked_token_logprobs_and_entropy(hidden, weight, bias, targets, **given)
+            return TokenLogprobs(logprobs, hidden, entropy)
         if torch.is_grad_enabled():
             return TokenLogprobs(chunked_token_logprobs(hidden, weight, bias, targets, **given), hidden, None)
         logprobs, entropy = chunked_token_statistics(hidden, weight, bias, targets, **given)
         return TokenLogprobs(logprobs, hidden, entropy)
 
 
-def load_language_model(model_name_or_path: str, *, dtype: torch.dtype) -> LanguageModel:
+def load_language_model(
+    model_name_or_path: str, *, dtype: torch.dtype, quantization: Literal["nf4"] | None = None
+) -> LanguageModel:
     """Actor or ref from a folder or hub name.
+
+    Args:
+        quantization: as in `load_pretrained`.
 
     Raises:
         ValueError: there is no such model, it is no causal language model, or its logits are more than a linear map
             of its last hidden state (soft-capped or scaled logits, which the chunked head would get wrong).
     """
-    model = load_pretrained(AutoModelForCausalLM, model_name_or_path, dtype=dtype)
+    model = load_pretrained(AutoModelForCausalLM, model_name_or_path, dtype=dtype, quantization=quantization)
     saved_as = (model.saved_architectures or ["a language model"])[0]
     if model.missing_from_checkpoint or saved_as.endswith("ForSequenceClassification"):
         raise ValueError(

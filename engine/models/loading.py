@@ -8,6 +8,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
+from engine.models.quantization import quantization_config, settle_quantised
 from engine.models.random_init import local_name
 
 
@@ -60,7 +62,14 @@ def read_alike(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> 
     )
 
 
-def load_pretrained(auto_class: type, model_name_or_path: str, *, dtype: torch.dtype, **overrides) -> PreTrainedModel:
+def load_pretrained(
+    auto_class: type,
+    model_name_or_path: str,
+    *,
+    dtype: torch.dtype,
+    quantization: Literal["nf4"] | None = None,
+    **overrides,
+) -> PreTrainedModel:
     """A transformers model with dropout off.
 
     It carries three attributes more: `missing_from_checkpoint` lists the weights that had to be made up,
@@ -68,15 +77,20 @@ def load_pretrained(auto_class: type, model_name_or_path: str, *, dtype: torch.d
 
     Args:
         auto_class: `AutoModelForCausalLM` or `AutoModelForSequenceClassification`.
+        quantization: of the backbone's linear layers, which then cannot be trained; None leaves them in `dtype`.
         overrides: fields of the model's config to set.
 
     Raises:
-        ValueError: there is no such model, or it is not of this class.
+        ValueError: there is no such model, it is not of this class, or it cannot be quantised here.
     """
     folder, config = _found(model_name_or_path), _config(model_name_or_path, **overrides)
     saved_architectures, dropout = config.architectures, _switch_dropout_off(config)
+    given = {"quantization_config": quantization_config(quantization, dtype=dtype)} if quantization else {}
     with _quiet_transformers():
-        model, report = auto_class.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
+        model, report = auto_class.from_pretrained(
+            folder, config=config, dtype=dtype, output_loading_info=True, **given
+        )
+    settle_quantised(model)
     model.missing_from_checkpoint = sorted(report["missing_keys"] - set(model.all_tied_weights_keys))
     model.saved_architectures, model.dropout_before_training = saved_architectures, dropout
     return model
@@ -126,8 +140,9 @@ def restore_rope(model: nn.Module) -> None:
 
 
 def exported_config(model: PreTrainedModel) -> PreTrainedConfig:
-    """The config to save: dropout as it was before training, the KV cache on."""
+    """The config to save: dropout as it was before training, the KV cache on, weights that are not quantised."""
     config = copy.deepcopy(model.config)
+    config.__dict__.pop("quantization_config", None)
     for name, value in model.dropout_before_training.items():
         setattr(config, name, value)
     config.use_cache = True
@@ -137,6 +152,10 @@ def exported_config(model: PreTrainedModel) -> PreTrainedConfig:
 def _found(model_name_or_path: str) -> str:
     folder = local_name(model_name_or_path)
     looks_local = folder.startswith((".", "/", "~")) or folder.count("/") > 1
+    if looks_local and (Path(folder).expanduser() / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{model_name_or_path} is an adapter, not a model: start from one that lora.export=merged has written."
+        )
     if looks_local and not (Path(folder).expanduser() / "config.json").is_file():
         raise ValueError(f"{model_name_or_path}: no such model folder (there is no config.json in it).")
     return str(Path(folder).expanduser()) if looks_local else folder

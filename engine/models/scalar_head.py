@@ -4,6 +4,8 @@ Both are transformers' `AutoModelForSequenceClassification` with one label, so w
 `from_pretrained`, and a critic can start from a reward model's weights.
 """
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,21 +48,21 @@ class ScalarHeadModel(nn.Module):
         return (scores - self.score_mean) / self.score_std
 
 
-def load_critic(model_name_or_path: str, *, dtype: torch.dtype, pad_token_id: int | None, seed: int) -> ScalarHeadModel:
+def load_critic(model_name_or_path: str, *, seed: int, **given) -> ScalarHeadModel:
     """A critic from a reward model, or from a language model with a fresh head drawn from `seed`.
 
-    Its values start as the reward model's scores, and in their units.
+    Its values start as the reward model's scores, and in their units. The arguments are those of `load_scalar_head`.
     """
-    return _normalising(load_scalar_head(model_name_or_path, dtype=dtype, pad_token_id=pad_token_id, seed=seed))
+    return _normalising(load_scalar_head(model_name_or_path, seed=seed, **given))
 
 
-def load_reward_model(model_name_or_path: str, *, dtype: torch.dtype, pad_token_id: int | None) -> ScalarHeadModel:
-    """A trained reward model.
+def load_reward_model(model_name_or_path: str, **given) -> ScalarHeadModel:
+    """A trained reward model. The arguments are those of `load_scalar_head`.
 
     Raises:
         ValueError: the folder has no trained score head.
     """
-    scalar = _normalising(load_scalar_head(model_name_or_path, dtype=dtype, pad_token_id=pad_token_id, seed=0))
+    scalar = _normalising(load_scalar_head(model_name_or_path, seed=0, **given))
     if scalar.model.missing_from_checkpoint:
         raise ValueError(
             f"{model_name_or_path} is not a reward model: its checkpoint lacks "
@@ -70,13 +72,19 @@ def load_reward_model(model_name_or_path: str, *, dtype: torch.dtype, pad_token_
 
 
 def load_scalar_head(
-    model_name_or_path: str, *, dtype: torch.dtype, pad_token_id: int | None, seed: int
+    model_name_or_path: str,
+    *,
+    dtype: torch.dtype,
+    pad_token_id: int | None,
+    seed: int,
+    quantization: Literal["nf4"] | None = None,
 ) -> ScalarHeadModel:
     """A model to train from a scalar-head model's weights, or from a language model's with a fresh head from `seed`.
     It gives the head's plain numbers.
 
     Args:
         pad_token_id: for the exported config; see `scoring_pad_token_id`.
+        quantization: as in `load_pretrained`; the head keeps `dtype`.
 
     Raises:
         ValueError: there is no such model, or it cannot have a linear head with one output.
@@ -85,7 +93,8 @@ def load_scalar_head(
     if labels not in (None, 1):
         raise ValueError(f"{model_name_or_path} is a classifier with {labels} labels; a scalar head has one.")
     torch.manual_seed(seed)  # for the head, when the checkpoint has none
-    model = load_pretrained(AutoModelForSequenceClassification, model_name_or_path, dtype=dtype, num_labels=1)
+    given = dict(dtype=dtype, quantization=quantization)
+    model = load_pretrained(AutoModelForSequenceClassification, model_name_or_path, num_labels=1, **given)
     if not isinstance(getattr(model, "score", None), nn.Linear) or model.score.out_features != 1:
         raise ValueError(
             f"{model_name_or_path}: {type(model).__name__} has no linear `score` head with one output. "

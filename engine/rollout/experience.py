@@ -8,12 +8,16 @@ import torch
 from torch import Tensor
 
 from engine.algorithms.advantages import gae, monte_carlo, temporal_difference
+from engine.algorithms.group_advantages import critic_free_advantages
 from engine.algorithms.masking import response_mask, whiten
 from engine.algorithms.rewards import kl_shaped_rewards
 from engine.data.sequences import MicroBatch, Sequences, ragged_index
 from engine.rollout.measuring import Measurements
 
-PER_TOKEN = ("logprobs", "ref_logprobs", "kl", "entropy", "values", "rewards", "advantages", "returns")
+PER_TOKEN = (
+    *("logprobs", "behaviour_logprobs", "ref_logprobs", "kl", "entropy"),
+    *("values", "rewards", "advantages", "returns"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,22 +30,23 @@ class Experience:
     """
 
     sequences: Sequences
-    scores: Tensor  # (B,) of whole responses
-    logprobs: Tensor  # (N,) under the actor that sampled
+    scores: Tensor  # (B,) of whole responses, as the sources gave them
+    logprobs: Tensor  # (N,) under the actor before the iteration's first step, computed as in training
+    behaviour_logprobs: Tensor  # (N,) of the distribution that the token was drawn from, filters applied
     ref_logprobs: Tensor  # (N,) under the ref
     kl: Tensor  # (N,) estimate of KL(actor || ref)
     entropy: Tensor  # (N,) of the actor's distribution at y_t, before top-p and top-k
-    values: Tensor  # (N,) under the critic of the same moment
-    rewards: Tensor  # (N,) KL penalty, plus the score at the last token
-    advantages: Tensor  # (N,) whitened over the whole iteration
-    returns: Tensor  # (N,) regression targets of the critic
-    kl_coef: float  # of the penalty in `rewards`
+    values: Tensor | None  # (N,) under the critic of the same moment; None without a critic
+    rewards: Tensor  # (N,) KL penalty (unless it is in the loss), plus the score at the last token
+    advantages: Tensor  # (N,)
+    returns: Tensor | None  # (N,) regression targets of the critic; None without a critic
+    kl_coef: float  # of the penalty, wherever it is
 
     def __post_init__(self):
-        for name in PER_TOKEN:
-            if (shape := getattr(self, name).shape) != (self.sequences.num_response_tokens,):
+        for name, tensor in self._per_token():
+            if tensor.shape != (self.sequences.num_response_tokens,):
                 raise ValueError(
-                    f"Experience.{name} has shape {tuple(shape)}; the responses have "
+                    f"Experience.{name} has shape {tuple(tensor.shape)}; the responses have "
                     f"{self.sequences.num_response_tokens} tokens. Was it sliced to the response?"
                 )
         if self.scores.shape != (len(self),):
@@ -54,7 +59,7 @@ class Experience:
 
     def __getitem__(self, rows: Tensor) -> "Experience":
         tokens = ragged_index(self.sequences.response_lengths, rows)
-        picked = {name: getattr(self, name)[tokens] for name in PER_TOKEN}
+        picked = {name: tensor[tokens] for name, tensor in self._per_token()}
         return replace(self, sequences=self.sequences[rows], scores=self.scores[rows], **picked)
 
     @property
@@ -65,7 +70,8 @@ class Experience:
     @property
     def not_finite(self) -> str:
         """Which tensors hold NaN or inf, and in how many places; empty when none does."""
-        broken = {name: int((~getattr(self, name).isfinite()).sum()) for name in ("scores", *PER_TOKEN)}
+        tensors = (("scores", self.scores), *self._per_token())
+        broken = {name: int((~tensor.isfinite()).sum()) for name, tensor in tensors}
         said = ", ".join(f"{number} of {name}" for name, number in broken.items() if number)
         return said and f"not finite: {said}"
 
@@ -76,6 +82,12 @@ class Experience:
     def padded(self, name: str) -> Tensor:
         """A per-token tensor as (B, R), zero on padding."""
         return padded(getattr(self, name), self.sequences.response_lengths)
+
+    def _per_token(self) -> Iterator[tuple[str, Tensor]]:
+        """Those that there are."""
+        for name in PER_TOKEN:
+            if (tensor := getattr(self, name)) is not None:
+                yield name, tensor
 
     def minibatches(self, minibatch_size: int, rng: torch.Generator) -> Iterator["Experience"]:
         """Every response exactly once, in a fresh random order."""
@@ -88,35 +100,53 @@ def shaped_experience(
     scores: Tensor,
     measured: Measurements,
     *,
+    shaped_scores: Tensor | None = None,
     kl_coef: float,
+    kl_placement: Literal["reward", "loss"],
+    advantage_estimator: str,
+    whitened: bool,
+    group_size: int,
     gamma: float,
     lam: float,
     value_label: Literal["gae", "monte_carlo", "temporal_difference"],
 ) -> Experience:
     """Rewards, advantages and returns from what was measured.
 
-    Advantages are those of GAE, whitened over all responses together; `value_label` picks the critic's targets.
-
     Args:
-        scores: (B,) one per response.
+        scores: (B,) one per response; the responses to one prompt are neighbours.
+        shaped_scores: (B,) what goes into the rewards in their place: normalised, clipped, penalised.
+        kl_placement: `loss` leaves the penalty out of the rewards.
+        advantage_estimator: `gae`, or one that needs no critic: see `critic_free_advantages`.
+        whitened: advantages are shifted and scaled over all responses together.
+        group_size: responses per prompt.
+        value_label: the critic's targets.
     """
     lengths = sequences.response_lengths
-    width = int(lengths.max())
-    mask = response_mask(lengths, width)
-    kl, values = padded(measured.kl, lengths), padded(measured.values, lengths)
-    rewards = kl_shaped_rewards(scores, kl, mask, kl_coef=kl_coef)
-    advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=lam)
-    if value_label == "monte_carlo":
-        returns = monte_carlo(rewards, mask, gamma=gamma)
-    elif value_label == "temporal_difference":
-        returns = temporal_difference(rewards, values, mask, gamma=gamma)
+    mask = response_mask(lengths, int(lengths.max()))
+    penalty = kl_coef if kl_placement == "reward" else 0.0
+    kl = padded(measured.kl, lengths)
+    shaped_scores = scores if shaped_scores is None else shaped_scores
+    rewards = kl_shaped_rewards(shaped_scores, kl, mask, kl_coef=penalty)
+    returns = None
+    if advantage_estimator == "gae":
+        values = padded(measured.values, lengths)
+        advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=lam)
+        if value_label == "monte_carlo":
+            returns = monte_carlo(rewards, mask, gamma=gamma)
+        elif value_label == "temporal_difference":
+            returns = temporal_difference(rewards, values, mask, gamma=gamma)
+    else:
+        given = dict(kl_coef=penalty, estimator=advantage_estimator, group_size=group_size, gamma=gamma)
+        advantages = critic_free_advantages(shaped_scores, kl, mask, **given)
+    if whitened:
+        advantages = whiten(advantages, mask)
     return Experience(
         sequences=sequences,
         scores=scores,
         **{f.name: getattr(measured, f.name) for f in fields(measured)},
         rewards=rewards[mask],
-        advantages=whiten(advantages, mask)[mask],
-        returns=returns[mask],
+        advantages=advantages[mask],
+        returns=None if returns is None else returns[mask],
         kl_coef=kl_coef,
     )
 

@@ -8,6 +8,7 @@ one rank or on eight, and whatever is decoded next to them.
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,8 +56,22 @@ def noise_of_rows(keys: Sequence[tuple[int, ...]], length: int) -> Tensor:
     return noise
 
 
-@torch.no_grad()
+class Responses(NamedTuple):
+    """One entry per prompt, in the prompts' order."""
+
+    tokens: list[list[int]]  # up to and including the first end-of-sequence token
+    logprobs: list[list[float]]  # of these tokens when they were drawn, filters and temperature applied; nats
+
+
 def generate_responses(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], noise: Tensor, **given
+) -> list[list[int]]:
+    """The tokens of `sampled_responses`, which has the arguments."""
+    return sampled_responses(model, prompts, noise, **given).tokens
+
+
+@torch.no_grad()
+def sampled_responses(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     noise: Tensor,
@@ -65,7 +80,7 @@ def generate_responses(
     eos_token_ids: Sequence[int],
     micro_batch_size: int,
     any_rank_active: Callable[[bool], bool] | None = None,
-) -> list[list[int]]:
+) -> Responses:
     """Responses to prompts, each up to and including its first end-of-sequence token.
 
     Args:
@@ -74,11 +89,8 @@ def generate_responses(
         noise: (rows, max_response_tokens) uniform, from `noise_of_rows`.
         micro_batch_size: rows decoded at the same time.
         any_rank_active: a collective that says whether some rank still decodes. Without it ranks are independent.
-
-    Returns:
-        One list of token ids per prompt, in the prompts' order.
     """
-    responses: list[list[int]] = [[] for _ in prompts]
+    responses = Responses([[] for _ in prompts], [[] for _ in prompts])
     device = next(model.parameters()).device
     # Neighbours in length share a micro-batch: less left padding.
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
@@ -132,9 +144,10 @@ def _decode(model, prompts, noise, rows, responses, sampling, eos_token_ids, dev
             logits[:, sampling.vocabulary_size :] = -torch.inf
         if step < sampling.min_response_tokens:
             logits[:, eos] = -torch.inf
-        tokens = _draw(logits, uniform[:, step], sampling, warp)
-        for row, token in zip(alive, tokens.tolist(), strict=True):
-            responses[row].append(token)
+        tokens, logprobs = _draw(logits, uniform[:, step], sampling, warp)
+        for row, token, logprob in zip(alive, tokens.tolist(), logprobs.tolist(), strict=True):
+            responses.tokens[row].append(token)
+            responses.logprobs[row].append(logprob)
         going_on = ~torch.isin(tokens, eos)
         if not going_on.all():
             keep = going_on.nonzero().squeeze(-1)
@@ -157,19 +170,21 @@ def _warpers(sampling: Sampling) -> LogitsProcessorList:
     return warp
 
 
-def _draw(logits: Tensor, uniform: Tensor, sampling: Sampling, warp: LogitsProcessorList) -> Tensor:
-    """(b,) tokens by inversion: the first whose cumulative probability exceeds the noise.
+def _draw(logits: Tensor, uniform: Tensor, sampling: Sampling, warp: LogitsProcessorList) -> tuple[Tensor, Tensor]:
+    """(b,) tokens by inversion, the first whose cumulative probability exceeds the noise; (b,) their log-probabilities.
 
     One number per token keys the draw, where torch.multinomial would take as many as the batch has rows. In fp64, since
     an fp32 running sum over a large vocabulary is off by more than a rare token's probability.
     """
     if sampling.temperature == 0:
-        return logits.argmax(-1)
-    cumulative = warp(None, logits).softmax(-1).cumsum(-1, dtype=torch.float64)
+        return logits.argmax(-1), logits.new_zeros(len(logits))
+    logprobs = warp(None, logits).log_softmax(-1)
+    cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
     threshold = uniform[:, None] * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
     # Past the end only if the logits are not finite: the step is then skipped on all ranks, if all ranks get there.
-    return tokens.clamp(max=(sampling.vocabulary_size or logits.shape[-1]) - 1)
+    tokens = tokens.clamp(max=(sampling.vocabulary_size or logits.shape[-1]) - 1)
+    return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1)
 
 
 def _idle_step(model: PreTrainedModel, device: torch.device) -> None:

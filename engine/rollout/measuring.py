@@ -4,7 +4,7 @@ Every rank measures the rows that the plan deals it; adding the ranks' zero-fill
 one rank is thereby NaN on all.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from engine.algorithms.logprobs import chunked_full_kl
 from engine.data.sequences import Sequences
 from engine.distributed import comm
 from engine.distributed.gather import gathered
-from engine.distributed.initialize import Engine
+from engine.distributed.initialize import Engine, WithoutAdapter
 from engine.distributed.micro_batches import my_micro_batches, one_number_per_row
 
 
@@ -23,28 +23,40 @@ class Measurements:
     """(N,) fp32 on the CPU each: one number per response token, the same on every rank. As in `Experience`."""
 
     logprobs: Tensor
+    behaviour_logprobs: Tensor
     ref_logprobs: Tensor
     kl: Tensor
     entropy: Tensor
-    values: Tensor
+    values: Tensor | None  # None without a critic
+
+    def of(self, tokens: Tensor) -> "Measurements":
+        """Of the response tokens that are True in `tokens` (N,)."""
+        named = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return Measurements(**{name: tensor if tensor is None else tensor[tokens] for name, tensor in named})
 
 
 @torch.no_grad()
 def measure(
     sequences: Sequences,
+    behaviour_logprobs: Tensor | None,
     *,
     actor: Engine,
-    ref: Engine,
-    critic: Engine,
+    ref: Engine | WithoutAdapter,
+    critic: Engine | None,
     kl_estimator: str,
     temperature: float,
     chunk_tokens: int,
     token_budget: int,
 ) -> Measurements:
-    """Log-probs, KL and values of all responses. A collective."""
-    for engine in (actor, ref, critic):
+    """Log-probs, KL and values of all responses. A collective.
+
+    Args:
+        behaviour_logprobs: (N,) what the tokens were drawn with; from the rollout, handed through. The actor's own
+            where nobody knows.
+    """
+    for engine in filter(None, (actor, ref, critic)):
         engine.eval()
-    names = ("logprobs", "ref_logprobs", "kl", "entropy", "values")
+    names = ("logprobs", "ref_logprobs", "kl", "entropy", *(() if critic is None else ("values",)))
     mine = {name: torch.zeros(sequences.num_response_tokens, device=comm.device()) for name in names}
     given = dict(temperature=temperature, chunk_tokens=chunk_tokens)
     for batch in my_micro_batches(sequences, token_budget=token_budget):
@@ -60,9 +72,12 @@ def measure(
             mine["kl"][at] = _full_kl(actor, ref, ours.hidden, theirs.hidden, given)
         else:
             mine["kl"][at] = sampled_kl(ours.logprobs, theirs.logprobs, estimator=kl_estimator)
-        mine["values"][at] = critic(batch.input_ids, batch.positions)
+        if critic is not None:
+            mine["values"][at] = critic(batch.input_ids, batch.positions)
     together = comm.sum_over_ranks(torch.stack([mine[name] for name in names])).cpu()
-    return Measurements(**dict(zip(names, together, strict=True)))
+    found = dict(zip(names, together, strict=True))
+    drawn_with = found["logprobs"] if behaviour_logprobs is None else behaviour_logprobs
+    return Measurements(**{"behaviour_logprobs": drawn_with, "values": None} | found)
 
 
 def reward_model_scores(sequences: Sequences, reward: Engine, *, token_budget: int) -> Tensor:
@@ -71,6 +86,12 @@ def reward_model_scores(sequences: Sequences, reward: Engine, *, token_budget: i
     return one_number_per_row(
         lambda batch: reward(batch.input_ids, batch.last_positions), sequences, token_budget=token_budget
     )
+
+
+def per_token_of_all_ranks(mine: list[list[float]]) -> Tensor:
+    """(N,) fp32 on the CPU: the ranks' numbers of their response tokens, rank 0's first. A collective."""
+    flat = torch.tensor([number for row in mine for number in row], dtype=torch.float32, device=comm.device())
+    return comm.concatenated(flat).cpu()
 
 
 def sequences_of_all_ranks(mine: Sequences) -> Sequences:
@@ -82,7 +103,7 @@ def sequences_of_all_ranks(mine: Sequences) -> Sequences:
     return Sequences(tokens=tokens, prompt_lengths=prompt_lengths, response_lengths=response_lengths)
 
 
-def _full_kl(actor: Engine, ref: Engine, hidden: Tensor, ref_hidden: Tensor, given: dict) -> Tensor:
+def _full_kl(actor: Engine, ref: Engine | WithoutAdapter, hidden: Tensor, ref_hidden: Tensor, given: dict) -> Tensor:
     head, ref_head = actor.module.head, ref.module.head
     with gathered([*head.parameters(), *ref_head.parameters()]):
         return chunked_full_kl(hidden, head.weight, head.bias, ref_hidden, ref_head.weight, ref_head.bias, **given)

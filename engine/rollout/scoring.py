@@ -1,109 +1,154 @@
-"""Where the score of a response comes from: a Python function of the user's, or a reward model that reads text."""
+"""The scores of an iteration's responses: of a reward model, a Python function, an HTTP service, or their sum."""
 
-import inspect
-import os
-import sys
-import traceback
-from collections.abc import Callable, Iterable
-from importlib import import_module
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from engine.data.formatting import Prompt, encode_exchange, render, render_response
+from engine.config import PPOConfig
+from engine.data import PromptBatch
 from engine.data.sequences import Sequences
-
-ScoreFunction = Callable[..., list[float]]
-
-
-def load_score_function(spec: str) -> ScoreFunction:
-    """The function that `module:function` names; the folder that the run was started in is searched last.
-
-    Raises:
-        ValueError: there is no such module or function.
-    """
-    module_name, function_name = spec.split(":")
-    if os.getcwd() not in sys.path:  # launchers put the script's folder there, not the one a user stands in
-        sys.path.append(os.getcwd())
-    try:
-        module = import_module(module_name)
-    except ImportError as error:
-        raise ValueError(
-            f"reward.function={spec}: importing {module_name} failed ({error}). It is looked for in {os.getcwd()}, on "
-            f"PYTHONPATH and among the installed packages."
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise ValueError(f"reward.function={spec}: {module_name} has no function {function_name}.")
-    return function
+from engine.distributed import comm
+from engine.distributed.initialize import Engine
+from engine.rollout.measuring import reward_model_scores, sequences_of_all_ranks
+from engine.rollout.reward_text import sequences_for_another_tokenizer
+from engine.rollout.score_functions import load_score_function, scores_of_function, scores_one_by_one
+from engine.rollout.score_service import scores_of_service
 
 
-def scores_of_function(
-    function: ScoreFunction, prompts: list[str], responses: list[str], columns: dict[str, list[Any]]
-) -> Tensor:
-    """(rows,) fp32: `function(prompts=..., responses=..., **columns)`.
+class Scored(NamedTuple):
+    """Of all ranks' responses, the same on every rank."""
 
-    Args:
-        columns: the dataset's; one called `prompts` or `responses` gives way to the text the model saw.
-
-    Raises:
-        ValueError: the function raised, returned another number of scores, or something that is no number. NaN is
-            let through: the step it belongs to is skipped on all ranks.
-    """
-    if not prompts:
-        return torch.empty(0)
-    given = {name: values for name, values in columns.items() if name not in ("prompts", "responses")}
-    name = getattr(function, "__qualname__", type(function).__qualname__)  # a callable object has no name of its own
-    try:
-        inspect.signature(function).bind(prompts=prompts, responses=responses, **given)
-    except TypeError as error:
-        raise ValueError(
-            f"the score function {name} is called with prompts, responses and the dataset's columns "
-            f"({', '.join(given) or 'none'}), which do not fit its arguments: {error}. Columns it has no use for go "
-            f"into **columns."
-        ) from error
-    try:
-        scores = function(prompts=prompts, responses=responses, **given)
-    except Exception as error:  # the user's code: whatever it raises is shown with the function's name
-        where = traceback.extract_tb(error.__traceback__)[1:2]  # the line in the user's function itself
-        place = "".join(f" ({frame.filename}, line {frame.lineno})" for frame in where)
-        raise ValueError(f"the score function {name} raised {type(error).__name__}: {error}{place}") from error
-    try:
-        numbers = [float(score) for score in scores]
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"the score function {name} returned something that is not a list of numbers: {error}"
-        ) from error
-    if len(numbers) != len(responses):
-        raise ValueError(f"the score function {name} returned {len(numbers)} scores for {len(responses)} responses.")
-    return torch.tensor(numbers, dtype=torch.float32)
+    scores: Tensor  # (B,) fp32 on the CPU
+    failed: Tensor  # (B,) bool: nobody could say; the score is then the mean of the others'
 
 
-def sequences_for_another_tokenizer(
-    exchanges: Iterable[tuple[Prompt, str, str, bool]], tokenizer: PreTrainedTokenizerBase
-) -> Sequences:
-    """Responses as a reward model reads them that does not share the actor's tokens or template.
+class Scoring:
+    """Asks the sources of scores that a run has."""
 
-    Args:
-        exchanges: for each response the prompt as the dataset has it, the prompt's text as the actor saw it, the
-            response's text, and whether it ended by itself. A prompt that is text is taken as the actor saw it.
-        tokenizer: the reward model's. One of a response that ended is ended by its own end-of-sequence token.
-    """
-    prompts, responses = [], []
-    for prompt, text, response, ended in exchanges:
-        asked = text if isinstance(prompt, str) else prompt
-        answer = render_response(asked, response, tokenizer)
-        if not ended:  # nor does it end its turn
-            answer = answer.removesuffix(_end_of_turn(asked, tokenizer))
-        ids = encode_exchange(render(asked, tokenizer), answer, tokenizer)
-        prompts.append(ids[0])
-        responses.append(ids[1] if ended else ids[1][:-1])
-    return Sequences.of(prompts, responses)
+    def __init__(
+        self,
+        config: PPOConfig,
+        *,
+        reward: Engine | None,
+        tokenizer: PreTrainedTokenizerBase,
+        reward_tokenizer: PreTrainedTokenizerBase | None,
+        eos_token_ids: list[int],
+    ):
+        """
+        Args:
+            reward: the reward model, if there is one.
+            tokenizer: the actor's.
+            reward_tokenizer: the reward model's, where it has one of its own.
+
+        Raises:
+            ValueError: on every rank, when there is no such function.
+        """
+        self.config, self.reward, self.eos_token_ids = config, reward, eos_token_ids
+        self.tokenizer, self.reward_tokenizer = tokenizer, reward_tokenizer
+        with comm.same_error_everywhere():
+            self.function = load_score_function(config.reward.function) if config.reward.function else None
+        if reward_tokenizer is not None and comm.is_main():
+            print(
+                "The reward model's tokenizer or chat template is not the actor's: responses are written out as text "
+                "and encoded anew for it.",
+                flush=True,
+            )
+
+    def scores(self, prompts: PromptBatch, responses: list[list[int]], sequences: Sequences) -> Scored:
+        """The weighted sum of what every source says. A collective.
+
+        Args:
+            prompts, responses: this rank's.
+            sequences: of all ranks.
+
+        Raises:
+            ValueError: on every rank, when a source fails on any and `reward.on_error` is `stop`, or when it fails for
+                every response.
+        """
+        settings = self.config.reward
+        texts = self.texts(responses)
+        total, failed = torch.zeros(len(sequences)), torch.zeros(len(sequences), dtype=torch.bool)
+        if self.reward is not None:
+            theirs = sequences
+            if self.reward_tokenizer is not None:
+                theirs = self._in_the_reward_models_words(prompts, responses, texts)
+            scores = reward_model_scores(theirs, self.reward, token_budget=self.config.micro_batch_tokens)
+            total += settings.model_weight * scores
+        if self.function is not None:
+            total += settings.function_weight * self._asked(self._of_function, prompts, texts, failed)
+        if settings.url is not None:
+            total += settings.url_weight * self._asked(self._of_service, prompts, texts, failed)
+        return Scored(_filled(total, failed, group_size=self.config.rollout.samples_per_prompt), failed)
+
+    def texts(self, responses: list[list[int]]) -> list[str]:
+        """Without special tokens."""
+        # One by one: transformers 5 turns batch_decode([]), a rank without prompts, into one empty text.
+        return [self.tokenizer.decode(response, skip_special_tokens=True) for response in responses]
+
+    def _asked(self, source, prompts: PromptBatch, texts: list[str], failed: Tensor) -> Tensor:
+        """(B,) scores of all ranks; rows that failed are 0 and marked in `failed`. A collective."""
+        stop = self.config.reward.on_error == "stop"
+        with comm.same_error_everywhere():
+            scores, errors = source(prompts, texts)
+            if stop and any(errors):
+                raise ValueError(next(filter(None, errors)))
+        wrong = torch.tensor([error is not None for error in errors], dtype=torch.bool)
+        everyones = comm.concatenated(wrong.to(comm.device())).cpu()
+        said = next((error for each in comm.gathered_objects(errors) for error in each if error), None)
+        if said is not None and everyones.all():
+            raise ValueError(f"not one of {len(everyones)} responses was scored: {said}")
+        if said is not None and comm.is_main():
+            print(f"{int(everyones.sum())} of {len(everyones)} responses are left out, unscored: {said}", flush=True)
+        failed |= everyones
+        return comm.concatenated(scores.to(comm.device())).cpu().masked_fill(everyones, 0)
+
+    def _of_function(self, prompts: PromptBatch, texts: list[str]) -> tuple[Tensor, list[str | None]]:
+        given = (self.function, prompts.texts, texts, prompts.columns)
+        if self.config.reward.on_error == "stop":
+            return scores_of_function(*given, timeout_s=self.config.reward.timeout_s), [None] * len(texts)
+        return scores_one_by_one(*given, timeout_s=self.config.reward.timeout_s)
+
+    def _of_service(self, prompts: PromptBatch, texts: list[str]) -> tuple[Tensor, list[str | None]]:
+        if not texts:
+            return torch.empty(0), []
+        settings = self.config.reward
+        given = dict(timeout_s=settings.timeout_s, retries=settings.retries)
+        try:
+            scores = scores_of_service(settings.url, prompts.texts, texts, prompts.columns, **given)
+        except ValueError as error:
+            return torch.full((len(texts),), torch.nan), [str(error)] * len(texts)
+        return scores, [None] * len(texts)
+
+    def _in_the_reward_models_words(
+        self, prompts: PromptBatch, responses: list[list[int]], texts: list[str]
+    ) -> Sequences:
+        """The responses of all ranks in the reward model's template and tokens. A collective.
+
+        Raises:
+            ValueError: on every rank, when a sequence is longer than the reward model has positions for.
+        """
+        with comm.same_error_everywhere():
+            ended = [bool(response) and response[-1] in self.eos_token_ids for response in responses]
+            given = zip(prompts.prompts, prompts.texts, texts, ended, strict=True)
+            mine = sequences_for_another_tokenizer(given, self.reward_tokenizer)
+            config = self.reward.module.model.config.get_text_config()
+            longest = max(mine.lengths.tolist(), default=0)
+            if longest > getattr(config, "max_position_embeddings", longest):  # ALiBi models have no limit
+                raise ValueError(
+                    f"In the reward model's tokens a response has {longest} tokens with its prompt, and the model was "
+                    f"made for {config.max_position_embeddings}. Lower data.max_prompt_tokens or "
+                    f"rollout.max_response_tokens."
+                )
+        return sequences_of_all_ranks(mine)
 
 
-def _end_of_turn(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the chat template writes after a response, whatever the response; nothing after text."""
-    mark = "\ue000response\ue001"  # of private use: no template writes it
-    return render_response(prompt, mark, tokenizer).partition(mark)[2]
+def _filled(scores: Tensor, failed: Tensor, *, group_size: int) -> Tensor:
+    """Scores of failed rows become the mean of their group's others, or of all others: neutral for any baseline."""
+    if not failed.any() or failed.all():
+        return scores
+    groups, known = scores.view(-1, group_size), (~failed).view(-1, group_size)
+    sums, counts = (groups * known).sum(1), known.sum(1)
+    means = torch.where(counts > 0, sums / counts.clamp(min=1), scores[~failed].mean())
+    return torch.where(failed, means.repeat_interleave(group_size), scores)

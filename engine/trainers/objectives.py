@@ -16,7 +16,7 @@ from torch import Tensor
 from engine.algorithms.preference_losses import bradley_terry_loss, dpo_loss, ipo_loss
 from engine.data import Examples
 from engine.data.sequences import MicroBatch
-from engine.distributed.initialize import Engine
+from engine.distributed.initialize import Engine, WithoutAdapter
 from engine.distributed.micro_batches import one_number_per_row
 
 
@@ -152,13 +152,15 @@ class DirectPreference:
         }
 
 
-def response_logprobs(model: Engine, batch: MicroBatch, *, chunk_tokens: int) -> Tensor:
+def response_logprobs(model: Engine | WithoutAdapter, batch: MicroBatch, *, chunk_tokens: int) -> Tensor:
     """(rows,) log-probability of each row's whole response, nats."""
     given = dict(temperature=1.0, chunk_tokens=chunk_tokens, position_ids=batch.position_ids)
     return batch.sums_by_row(model(batch.input_ids, batch.positions, batch.targets, **given).logprobs)
 
 
-def logprobs_of_all(model: Engine, examples: Examples, *, token_budget: int, chunk_tokens: int, packed: bool) -> Tensor:
+def logprobs_of_all(
+    model: Engine | WithoutAdapter, examples: Examples, *, token_budget: int, chunk_tokens: int, packed: bool
+) -> Tensor:
     """(B,) log-probability of every response, nats, on the CPU and the same on every rank. A collective."""
     model.eval()
     return one_number_per_row(

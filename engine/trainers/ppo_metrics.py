@@ -1,11 +1,13 @@
 """What an iteration is judged by: means over the responses or tokens of all ranks, or their extremes."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from engine.algorithms.losses import policy_statistics, value_clipped
+from engine.data.sequences import Sequences
 from engine.distributed import comm
 from engine.rollout.experience import Experience
 
@@ -19,7 +21,9 @@ class StepStatistics:
 
     def __init__(self, count: int, *, clip_range: float, value_clip_range: float):
         self.count, self.clip_range, self.value_clip_range = count, clip_range, value_clip_range
-        self.policy_loss = self.value_loss = 0.0  # each micro-batch's is divided by count already
+        self.policy_loss = self.value_loss = self.pretraining_loss = (
+            0.0  # each micro-batch's is divided by count already
+        )
         self.clipped = self.approx_kl = self.value_clipped = 0.0
         self.log_ratio_max = 0.0  # of |log ratio|
         self.ratio_max = 1.0
@@ -27,7 +31,7 @@ class StepStatistics:
     @property
     def losses_are_finite(self) -> bool:
         """Whether this rank's are."""
-        return bool(torch.tensor([self.policy_loss, self.value_loss]).isfinite().all())
+        return bool(torch.tensor([self.policy_loss, self.value_loss, self.pretraining_loss]).isfinite().all())
 
     @torch.no_grad()
     def add_policy(self, loss: Tensor, new_logprobs: Tensor, logprobs: Tensor, advantages: Tensor, mask: Tensor):
@@ -50,13 +54,15 @@ class StepStatistics:
 
     def over_ranks(self) -> dict[str, float]:
         """The step's metrics. A collective."""
-        sums = [self.policy_loss, self.value_loss, self.clipped, self.approx_kl, self.value_clipped]
+        losses = [self.policy_loss, self.value_loss, self.pretraining_loss]
+        sums = [*losses, self.clipped, self.approx_kl, self.value_clipped]
         totals = comm.sum_over_ranks(torch.tensor(sums, dtype=torch.float64, device=comm.device())).tolist()
-        policy_loss, value_loss, clipped, approx_kl, values_clipped = totals
+        policy_loss, value_loss, pretraining_loss, clipped, approx_kl, values_clipped = totals
         return {
             "tokens": self.count,
             "loss/policy": policy_loss,
             "loss/value": value_loss,
+            "loss/pretraining": pretraining_loss,
             "policy/clip_fraction": clipped / self.count,
             "policy/approx_kl": approx_kl / self.count,
             "policy/log_ratio_max": comm.max_over_ranks(self.log_ratio_max),
@@ -66,12 +72,15 @@ class StepStatistics:
 
 
 MEANS_OF_STEPS = (
-    *("loss/policy", "loss/value", "policy/clip_fraction", "policy/approx_kl", "value/clip_fraction"),
-    *("grad_norm/actor", "grad_norm/critic"),
+    *("loss/policy", "loss/value", "loss/pretraining", "policy/clip_fraction", "policy/approx_kl"),
+    *("value/clip_fraction", "grad_norm/actor", "grad_norm/critic"),
 )
+# What a run without a critic, or without demonstrations, does not report.
+OF_CRITIC = ("loss/value", "value/clip_fraction", "grad_norm/critic", "lr/critic")
+OF_PRETRAINING = ("loss/pretraining",)
 
 
-def step_metrics(steps: list[dict[str, float]]) -> dict[str, float]:
+def step_metrics(steps: list[dict[str, float]], *, left_out: Sequence[str]) -> dict[str, float]:
     """An iteration's optimizer steps: means over tokens; `policy/ratio_max` is the largest ratio of all steps and
     `policy/first_log_ratio_max` the largest |log ratio| of the first, which is 0 but for rounding; learning rates are
     those of the last. NaN when every step was skipped.
@@ -80,11 +89,12 @@ def step_metrics(steps: list[dict[str, float]]) -> dict[str, float]:
     means = {
         name: sum(step[name] * step["tokens"] for step in steps) / tokens if steps else math.nan
         for name in MEANS_OF_STEPS
+        if name not in left_out
     }
     return means | {
         "policy/ratio_max": max(step["policy/ratio_max"] for step in steps) if steps else math.nan,
         "policy/first_log_ratio_max": steps[0]["policy/log_ratio_max"] if steps else math.nan,
-        **{name: steps[-1][name] if steps else math.nan for name in ("lr/actor", "lr/critic")},
+        **{name: steps[-1][name] if steps else math.nan for name in ("lr/actor", "lr/critic") if name not in left_out},
     }
 
 
@@ -95,8 +105,6 @@ def experience_metrics(experience: Experience, *, eos_token_ids: list[int]) -> d
     """
     sequences = experience.sequences
     lengths, scores = sequences.response_lengths, experience.scores
-    last_tokens = sequences.tokens[sequences.lengths.cumsum(0) - 1]
-    ended = torch.isin(last_tokens, torch.tensor(eos_token_ids, dtype=torch.int64)) & (lengths > 0)
     kl_per_response = experience.kl.sum().item() / len(experience)
     return {
         "score/mean": scores.mean().item(),
@@ -105,10 +113,22 @@ def experience_metrics(experience: Experience, *, eos_token_ids: list[int]) -> d
         "kl/ref_mean": kl_per_response,
         "kl/coef": experience.kl_coef,
         "policy/entropy": experience.entropy.mean().item() if len(experience.entropy) else 0.0,
-        "value/explained_variance": explained_variance(experience.values, experience.returns),
+        **_of_values(experience),
         "response/length_mean": lengths.float().mean().item(),
-        "response/eos_fraction": ended.float().mean().item(),
+        "response/eos_fraction": ended(sequences, eos_token_ids).float().mean().item(),
     }
+
+
+def ended(sequences: Sequences, eos_token_ids: list[int]) -> Tensor:
+    """(B,) bool: whether a response ends with an end-of-sequence token."""
+    last_tokens = sequences.tokens[sequences.lengths.cumsum(0) - 1]
+    return torch.isin(last_tokens, torch.tensor(eos_token_ids, dtype=torch.int64)) & (sequences.response_lengths > 0)
+
+
+def _of_values(experience: Experience) -> dict[str, float]:
+    if experience.values is None:
+        return {}
+    return {"value/explained_variance": explained_variance(experience.values, experience.returns)}
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:

@@ -8,9 +8,10 @@ the parts are put together. All that follows (whitening, minibatches, metrics, t
 computed from the same numbers everywhere and needs no further agreement.
 """
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
@@ -18,23 +19,21 @@ import torch
 from torch import Tensor
 
 from engine.algorithms.kl import schulman_kl_coef, ziegler_kl_coef
-from engine.algorithms.losses import clipped_policy_loss, clipped_value_loss
+from engine.algorithms.rewards import Moments, length_penalties
 from engine.config import PPOConfig
-from engine.data import PromptBatch
+from engine.data import Examples, PromptBatch
 from engine.data.batches import endlessly
 from engine.data.sequences import Sequences
 from engine.distributed import comm
-from engine.distributed.gather import gathered_for_generation, sharded_for_generation
-from engine.distributed.micro_batches import marking_last, my_micro_batches
-from engine.distributed.optimization import accumulate, step_together
-from engine.models.loading import vocabulary_size
 from engine.rlhf_engine import DeepSpeedRLHFEngine
 from engine.rollout.experience import Experience, shaped_experience
-from engine.rollout.generation import Sampling, eos_token_ids_of, generate_responses, noise_of_rows
-from engine.rollout.measuring import measure, reward_model_scores, sequences_of_all_ranks
-from engine.rollout.scoring import load_score_function, scores_of_function, sequences_for_another_tokenizer
+from engine.rollout.generation import Responses, eos_token_ids_of
+from engine.rollout.measuring import measure, per_token_of_all_ranks, sequences_of_all_ranks
+from engine.rollout.sampler import Sampler
+from engine.rollout.scoring import Scored, Scoring
 from engine.tracking import Tracker
-from engine.trainers.ppo_metrics import StepStatistics, experience_metrics, step_metrics
+from engine.trainers.ppo_metrics import ended, experience_metrics, step_metrics
+from engine.trainers.ppo_update import PPOUpdate
 
 # Which settings decide a phase's memory.
 SMALLER = {
@@ -53,6 +52,8 @@ class Progress:
 
     iteration: int = 0  # the one under way, or the last; from 1
     kl_coef: float = 0.0  # for the next experience
+    penalty_coef: float = 0.0  # for the next experience's steps
+    scores: Moments = field(default_factory=Moments)  # of all scores so far, where they are normalised
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
 
@@ -60,32 +61,31 @@ class Progress:
 class DeepSpeedPPOTrainer:
     """Alternates `generate_experience` and `train_rlhf` on the models of a `DeepSpeedRLHFEngine`."""
 
-    def __init__(self, rlhf_engine: DeepSpeedRLHFEngine, args: PPOConfig):
-        self.config, self.tokenizer = args, rlhf_engine.tokenizer
+    def __init__(
+        self, rlhf_engine: DeepSpeedRLHFEngine, args: PPOConfig, pretraining: Iterable[Examples] | None = None
+    ):
+        """
+        Args:
+            pretraining: minibatches of demonstrations, of all ranks, for `args.pretraining`.
+        """
+        self.config, self.rlhf_engine, self.tokenizer = args, rlhf_engine, rlhf_engine.tokenizer
         self.actor, self.ref = rlhf_engine.actor, rlhf_engine.ref
         self.critic, self.reward = rlhf_engine.critic, rlhf_engine.reward
-        self.reward_tokenizer = rlhf_engine.reward_tokenizer if rlhf_engine.reward_reads_text else None
-        if self.reward_tokenizer is not None and comm.is_main():
-            print(
-                "The reward model's tokenizer or chat template is not the actor's: responses are written out as text "
-                "and encoded anew for it.",
-                flush=True,
-            )
-        with comm.same_error_everywhere():
-            self.score_function = load_score_function(args.reward.function) if args.reward.function else None
-        self.sampling = Sampling(
-            max_response_tokens=args.rollout.max_response_tokens,
-            min_response_tokens=args.rollout.min_response_tokens,
-            temperature=args.rollout.temperature,
-            top_p=args.rollout.top_p,
-            top_k=args.rollout.top_k,
-            vocabulary_size=vocabulary_size(self.tokenizer),
-        )
         self.eos_token_ids = eos_token_ids_of(self.actor.module.model, self.tokenizer)
-        self.progress = Progress(kl_coef=args.kl_coef)
+        self.sampler = Sampler(self.actor, self.tokenizer, args, eos_token_ids=self.eos_token_ids)
+        self.scoring = Scoring(
+            args,
+            reward=self.reward,
+            tokenizer=self.tokenizer,
+            reward_tokenizer=rlhf_engine.reward_tokenizer if rlhf_engine.reward_reads_text else None,
+            eos_token_ids=self.eos_token_ids,
+        )
+        self.update = PPOUpdate(rlhf_engine, args, pretraining)
+        self.progress = Progress(kl_coef=args.kl_coef, penalty_coef=args.penalty_coef)
         self.seconds: dict[str, float] = {}
         self.steps: list[dict[str, float]] = []
         self.samples: list[dict[str, Any]] = []
+        self.unscored = 0
         self.warned = False
 
     def train(self, prompts: Iterable[PromptBatch], num_iterations: int, tracker: Tracker) -> None:
@@ -103,86 +103,139 @@ class DeepSpeedPPOTrainer:
         coefficient. Eval mode, no gradients. A collective; ranks may hold different numbers of prompts, or none.
 
         Raises:
-            ValueError: on every rank, when a score function fails on any.
+            ValueError: on every rank, when a source of scores fails on any (see `Scoring.scores`).
         """
         self.progress.iteration += 1
         prompts = prompts.repeated(self.config.rollout.samples_per_prompt)
         with self._timed("generate"):
-            responses = self.generate(prompts)
+            responses, logprobs = self.sample(prompts)
             sequences = sequences_of_all_ranks(Sequences.of(prompts.tokens, responses))
+            behaviour_logprobs = per_token_of_all_ranks(logprobs)
         with self._timed("score"):
-            measured = measure(
-                sequences,
-                actor=self.actor,
-                ref=self.ref,
-                critic=self.critic,
-                kl_estimator=self.config.kl_estimator,
-                temperature=self.config.rollout.temperature,
-                chunk_tokens=self.config.logits_chunk_tokens,
-                token_budget=self.config.micro_batch_tokens,
-            )
-            scores = self.scores(prompts, responses, sequences)
-            experience = shaped_experience(
-                sequences,
-                scores,
-                measured,
-                kl_coef=self.progress.kl_coef,
-                gamma=self.config.gamma,
-                lam=self.config.lam,
-                value_label=self.config.value_label,
-            )
+            scored = self.scoring.scores(prompts, responses, sequences)
+            experience = self._experience(sequences, behaviour_logprobs, scored)
         self.samples = self._sample_rows(prompts, responses, experience)
+        return experience
+
+    def generate(self, queries: Sequence[Sequence[int]]) -> list[list[int]]:
+        """For those who hold the loop themselves: one response to each of this rank's queries, for `step`.
+
+        Args:
+            queries: token ids, lists or 1-D tensors. A collective under ZeRO-3; ranks may hold different numbers.
+
+        Returns:
+            Token ids, up to and including the end-of-sequence token.
+        """
+        with self._timed("generate"):
+            keys = [(self.config.seed, self.progress.iteration + 1, comm.rank(), row) for row in range(len(queries))]
+            return self.sampler.responses([_ids(query) for query in queries], keys).tokens
+
+    def step(
+        self, queries: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], scores: Sequence[float]
+    ) -> dict[str, float]:
+        """For those who hold the loop themselves: one iteration of PPO on responses drawn and scored elsewhere.
+
+        A collective; ranks may hold different numbers of responses. The responses to one query are neighbours where
+        `advantage_estimator` compares them. Responses should be the present actor's: the ratios of PPO are those to the
+        actor as it is when `step` is called.
+
+        Args:
+            queries, responses: this rank's, token ids, lists or 1-D tensors. What a response does not hold (its
+                end-of-sequence token, say) is not learned.
+            scores: of whole responses.
+
+        Returns:
+            The iteration's metrics, of all ranks.
+
+        Raises:
+            ValueError: on every rank, when lists do not fit together on any, or a sequence is too long.
+        """
+        self.progress.iteration += 1
+        with comm.same_error_everywhere():
+            mine = self._given(queries, responses, scores)
+        with self._timed("score"):
+            sequences = sequences_of_all_ranks(mine)
+            everyones = comm.concatenated(torch.tensor(scores, dtype=torch.float32, device=comm.device())).cpu()
+            scored = Scored(everyones, torch.zeros(len(everyones), dtype=torch.bool))
+            experience = self._experience(sequences, None, scored)
+        self.train_on(experience)
+        self.seconds.setdefault("generate", 0.0)
+        return self.metrics(experience)
+
+    def _given(self, queries, responses, scores) -> Sequences:
+        if not len(queries) == len(responses) == len(scores):
+            raise ValueError(
+                f"step() was given {len(queries)} queries, {len(responses)} responses and {len(scores)} scores."
+            )
+        sequences = Sequences.of([_ids(query) for query in queries], [_ids(response) for response in responses])
+        longest = self.config.data.max_prompt_tokens + self.config.rollout.max_response_tokens
+        if len(sequences) and int(sequences.lengths.max()) > longest:
+            raise ValueError(
+                f"step() was given a sequence of {int(sequences.lengths.max())} tokens; data.max_prompt_tokens + "
+                f"rollout.max_response_tokens = {longest}."
+            )
+        return sequences
+
+    def _experience(self, sequences: Sequences, behaviour_logprobs: Tensor | None, scored: Scored) -> Experience:
+        """All that PPO needs to train on these responses, of all ranks; moves the KL controller on. A collective."""
+        measured = measure(
+            sequences,
+            behaviour_logprobs,
+            actor=self.actor,
+            ref=self.ref,
+            critic=self.critic,
+            kl_estimator=self.config.kl_estimator,
+            temperature=self.config.rollout.temperature,
+            chunk_tokens=self.config.logits_chunk_tokens,
+            token_budget=self.config.micro_batch_tokens,
+        )
+        shaped_scores = self.shaped(scored, sequences)
+        self.unscored = int(scored.failed.sum())
+        if self.unscored:  # such responses stay in every count of rows, and have no tokens to learn from
+            of_rows = scored.failed.repeat_interleave(sequences.response_lengths)
+            sequences, measured = sequences.without_responses(scored.failed), measured.of(~of_rows)
+        experience = shaped_experience(
+            sequences,
+            scored.scores,
+            measured,
+            shaped_scores=shaped_scores,
+            kl_coef=self.progress.kl_coef,
+            kl_placement=self.config.kl_placement,
+            advantage_estimator=self.config.advantage_estimator,
+            whitened=self.config.whitened,
+            group_size=self.config.rollout.samples_per_prompt,
+            gamma=self.config.gamma,
+            lam=self.config.lam,
+            value_label=self.config.value_label,
+        )
         self.progress.kl_coef = self.next_kl_coef(experience)
         return experience
 
-    def generate(self, prompts: PromptBatch) -> list[list[int]]:
-        """One response (token ids) to each of this rank's prompts. A collective under ZeRO-3."""
-        config = self.config.rollout
-        sharded = config.weights == "sharded"
+    def sample(self, prompts: PromptBatch) -> Responses:
+        """One response to each of this rank's prompts, drawn with this iteration's noise. A collective under ZeRO-3."""
+        samples = self.config.rollout.samples_per_prompt
         keys = [
-            (self.config.seed, self.progress.iteration, prompt_id, row % config.samples_per_prompt)
+            (self.config.seed, self.progress.iteration, prompt_id, row % samples)
             for row, prompt_id in enumerate(prompts.ids)
         ]
-        with sharded_for_generation(self.actor) if sharded else gathered_for_generation(self.actor) as whole:
-            return generate_responses(
-                whole.model,
-                prompts.tokens,
-                noise_of_rows(keys, config.max_response_tokens),
-                sampling=self.sampling,
-                eos_token_ids=self.eos_token_ids,
-                micro_batch_size=self.config.rollout_micro_batch_size,
-                any_rank_active=comm.any_true if sharded else None,
-            )
+        return self.sampler.responses(prompts.tokens, keys)
 
-    def scores(self, prompts: PromptBatch, responses: list[list[int]], sequences: Sequences) -> Tensor:
-        """(B,) of the responses of all ranks, from the reward model or the score function. A collective."""
-        if self.score_function is None:
-            if self.reward_tokenizer is not None:
-                sequences = self._in_the_reward_models_words(prompts, responses)
-            return reward_model_scores(sequences, self.reward, token_budget=self.config.micro_batch_tokens)
-        with comm.same_error_everywhere():
-            mine = scores_of_function(self.score_function, prompts.texts, self._texts(responses), prompts.columns)
-        return comm.concatenated(mine.to(comm.device())).cpu()
-
-    def _in_the_reward_models_words(self, prompts: PromptBatch, responses: list[list[int]]) -> Sequences:
-        """The responses of all ranks in the reward model's template and tokens. A collective.
-
-        Raises:
-            ValueError: on every rank, when a sequence is longer than the reward model has positions for.
-        """
-        with comm.same_error_everywhere():
-            ended = [bool(response) and response[-1] in self.eos_token_ids for response in responses]
-            given = zip(prompts.prompts, prompts.texts, self._texts(responses), ended, strict=True)
-            mine = sequences_for_another_tokenizer(given, self.reward_tokenizer)
-            config = self.reward.module.model.config.get_text_config()
-            longest = max(mine.lengths.tolist(), default=0)
-            if longest > getattr(config, "max_position_embeddings", longest):  # ALiBi models have no limit
-                raise ValueError(
-                    f"In the reward model's tokens a response has {longest} tokens with its prompt, and the model was "
-                    f"made for {config.max_position_embeddings}. Lower data.max_prompt_tokens or "
-                    f"rollout.max_response_tokens."
-                )
-        return sequences_of_all_ranks(mine)
+    def shaped(self, scored: Scored, sequences: Sequences) -> Tensor:
+        """(B,) what the scores are in the rewards: normalised, clipped, less the penalties on length."""
+        settings, scores = self.config.reward, scored.scores
+        if settings.running_normalisation:
+            self.progress.scores = self.progress.scores.with_more(scores[~scored.failed])
+            scores = (scores - self.progress.scores.mean) / self.progress.scores.std
+        if settings.clip is not None:
+            scores = scores.clamp(-settings.clip, settings.clip)
+        return scores - length_penalties(
+            sequences.response_lengths,
+            ended(sequences, self.eos_token_ids),
+            missing_eos_penalty=settings.missing_eos_penalty,
+            overlong_penalty=settings.overlong_penalty,
+            overlong_tokens=settings.overlong_tokens,
+            max_response_tokens=self.config.rollout.max_response_tokens,
+        )
 
     def train_on(self, experience: Experience) -> None:
         """All epochs over one iteration's responses, in minibatches drawn from all ranks' responses together."""
@@ -192,7 +245,10 @@ class DeepSpeedPPOTrainer:
             for _ in range(self.config.ppo_epochs):
                 for minibatch in experience.minibatches(self.config.minibatch_size, rng):
                     self.train_rlhf(minibatch)
+                if self._far_enough():
+                    break
         self._warn_of_another_policy()
+        self.progress.penalty_coef = self.next_penalty_coef()
 
     def train_rlhf(self, experience: Experience) -> tuple[float, float]:
         """One optimizer step of the actor and one of the critic on these responses: on all ranks, or on none.
@@ -202,7 +258,7 @@ class DeepSpeedPPOTrainer:
 
         Returns:
             (actor_loss, critic_loss), means over the whole experience; NaN when the step was skipped because
-            something was not finite.
+            something was not finite. Without a critic its loss is 0.
 
         Raises:
             RuntimeError: `max_skipped_steps` steps in a row were skipped.
@@ -210,15 +266,10 @@ class DeepSpeedPPOTrainer:
         count = experience.sequences.num_response_tokens
         if count == 0 or not experience.is_finite:
             return self._skip("no response tokens" if count == 0 else experience.not_finite)
-        step = StepStatistics(count, clip_range=self.config.clip_range, value_clip_range=self.config.value_clip_range)
-        self._backward_actor(experience, step)
-        self._backward_critic(experience, step)
-        rates = {"lr/actor": self.actor.get_lr()[0], "lr/critic": self.critic.get_lr()[0]}  # the step moves them on
-        norms = step_together([self.actor, self.critic], healthy=step.losses_are_finite)
-        if norms is None:
+        metrics = self.update.step(experience, penalty_coef=self.progress.penalty_coef)
+        if metrics is None:
             return self._skip("a loss or a gradient that is not finite")
         self.progress.skipped_in_a_row = 0
-        metrics = step.over_ranks() | rates | dict(zip(("grad_norm/actor", "grad_norm/critic"), norms, strict=True))
         self.steps.append(metrics)
         return metrics["loss/policy"], metrics["loss/value"]
 
@@ -227,7 +278,8 @@ class DeepSpeedPPOTrainer:
         response_tokens = experience.sequences.num_response_tokens
         return {
             **experience_metrics(experience, eos_token_ids=self.eos_token_ids),
-            **step_metrics(self.steps),
+            **step_metrics(self.steps, left_out=self.update.left_out),
+            "score/failed": self.unscored,
             "skipped/steps": self.progress.skipped_steps,
             **{f"time/{phase}_s": seconds for phase, seconds in self.seconds.items()},
             "speed/response_tokens_per_s": response_tokens / sum(self.seconds.values()),
@@ -245,31 +297,20 @@ class DeepSpeedPPOTrainer:
             coef, kl, target=config.kl_target, horizon=config.kl_horizon, num_responses=len(experience)
         )
 
-    def _backward_actor(self, experience: Experience, step: StepStatistics) -> None:
-        self.actor.train()
-        for batch, last in marking_last(my_micro_batches(experience.sequences, token_budget=self._token_budget)):
-            new = self.actor(
-                batch.input_ids,
-                batch.positions,
-                batch.targets,
-                temperature=self.config.rollout.temperature,
-                chunk_tokens=self.config.logits_chunk_tokens,
-            )
-            logprobs, advantages = experience.of(batch, "logprobs"), experience.of(batch, "advantages")
-            given = (new.logprobs, logprobs, advantages, torch.ones_like(logprobs, dtype=torch.bool))
-            loss = clipped_policy_loss(*given, clip_range=self.config.clip_range, count=step.count)
-            step.add_policy(loss, *given)
-            accumulate(self.actor, loss, last=last)
+    def next_penalty_coef(self) -> float:
+        """The coefficient of `policy_loss: penalty` after an iteration with these steps."""
+        coef, kl = (
+            self.progress.penalty_coef,
+            step_metrics(self.steps, left_out=self.update.left_out)["policy/approx_kl"],
+        )
+        if self.config.policy_loss == "clip" or not math.isfinite(kl):
+            return coef
+        return schulman_kl_coef(coef, kl, target=self.config.penalty_target)
 
-    def _backward_critic(self, experience: Experience, step: StepStatistics) -> None:
-        self.critic.train()
-        for batch, last in marking_last(my_micro_batches(experience.sequences, token_budget=self._token_budget)):
-            new_values = self.critic(batch.input_ids, batch.positions)
-            values, returns = experience.of(batch, "values"), experience.of(batch, "returns")
-            given = (new_values, values, returns, torch.ones_like(values, dtype=torch.bool))
-            loss = clipped_value_loss(*given, value_clip_range=self.config.value_clip_range, count=step.count)
-            step.add_value(loss, *given)
-            accumulate(self.critic, loss, last=last)
+    def _far_enough(self) -> bool:
+        """Whether the last step saw the actor further from the policy that sampled than `target_kl` allows."""
+        target = self.config.target_kl
+        return target is not None and bool(self.steps) and self.steps[-1]["policy/approx_kl"] > target
 
     def _warn_of_another_policy(self) -> None:
         """Before an iteration's first step actor and rollout are the same policy: log-ratios are 0 but for rounding."""
@@ -294,10 +335,6 @@ class DeepSpeedPPOTrainer:
             raise RuntimeError(f"{said}; {self.progress.skipped_in_a_row} in a row, the run stops.")
         return float("nan"), float("nan")
 
-    def _texts(self, responses: list[list[int]]) -> list[str]:
-        # One by one: transformers 5 turns batch_decode([]), a rank without prompts, into one empty text.
-        return [self.tokenizer.decode(response, skip_special_tokens=True) for response in responses]
-
     def _sample_rows(self, prompts: PromptBatch, responses: list[list[int]], experience: Experience) -> list[dict]:
         """A few of rank 0's rows, which come first in the experience."""
         few = min(self.config.tracking.samples_per_iteration, len(prompts)) if comm.is_main() else 0
@@ -311,12 +348,8 @@ class DeepSpeedPPOTrainer:
                 "kl": kl[row].item(),
                 "length": len(responses[row]),
             }
-            for row, text in enumerate(self._texts(responses[:few]))
+            for row, text in enumerate(self.scoring.texts(responses[:few]))
         ]
-
-    @property
-    def _token_budget(self) -> int:
-        return self.config.micro_batch_tokens
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -327,3 +360,8 @@ class DeepSpeedPPOTrainer:
         except torch.OutOfMemoryError as error:
             raise torch.OutOfMemoryError(f"Out of memory in phase {phase}: lower {SMALLER[phase]}. {error}") from error
         self.seconds[phase] = perf_counter() - started
+
+
+def _ids(tokens: Sequence[int]) -> list[int]:
+    """A list or 1-D tensor of token ids as a list."""
+    return [int(token) for token in tokens]

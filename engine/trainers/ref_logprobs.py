@@ -12,7 +12,7 @@ from engine.config import DPOConfig
 from engine.data import Examples
 from engine.data.cache import found_tensors, keep_tensors
 from engine.distributed import comm
-from engine.distributed.initialize import Engine, free, frozen_engine
+from engine.distributed.initialize import Engine, WithoutAdapter, free, frozen_engine
 from engine.models.language_model import check_packing, load_language_model
 from engine.models.loading import fingerprint, load_tokenizer, read_alike
 from engine.supervised_engine import check_sizes
@@ -26,7 +26,8 @@ def ref_engine(config: DPOConfig, *, dtype: str) -> Engine:
         ValueError: it does not read the model's token ids, or not sequences of `data.max_length`.
     """
     tokenizer = _common_tokenizer(config)
-    build = partial(load_language_model, config.ref_name, dtype=getattr(torch, dtype))
+    given = dict(dtype=getattr(torch, dtype), quantization=config.ref_quantization)
+    build = partial(load_language_model, config.ref_name, **given)
     engine = frozen_engine(build, ds_config=config.ds_config_of("ref"), dtype=dtype)
     check_sizes(engine, role="ref", tokenizer=tokenizer, max_length=config.data.max_length)
     if config.packing:
@@ -34,7 +35,7 @@ def ref_engine(config: DPOConfig, *, dtype: str) -> Engine:
     return engine
 
 
-def online(ref: Engine, config: DPOConfig) -> Callable[[Examples], Tensor]:
+def online(ref: Engine | WithoutAdapter, config: DPOConfig) -> Callable[[Examples], Tensor]:
     """A function that asks the ref: (B,) log-probabilities of whole responses. The function is a collective."""
     return partial(
         logprobs_of_all,
@@ -56,6 +57,7 @@ def with_ref_logprobs(parts: list[Examples], config: DPOConfig, *, dtype: str) -
     with comm.same_error_everywhere():
         _common_tokenizer(config)
         ref_files = fingerprint(config.ref_name)
+        ref_files = [*ref_files, config.ref_quantization]
         keys = [["ref log-probabilities", part.digest, ref_files, dtype] for part in parts]
         found = [found_tensors(key) for key in keys]
     if not comm.all_true(None not in found):

@@ -12,7 +12,7 @@ from engine.config import DPOConfig, RewardModelConfig, SFTConfig, SupervisedCon
 from engine.data import Examples, create_datasets, create_eval_dataset
 from engine.data.examples import create_example_dataloader
 from engine.distributed import comm
-from engine.distributed.initialize import Engine
+from engine.distributed.initialize import Engine, WithoutAdapter
 from engine.models.language_model import load_language_model
 from engine.models.loading import load_tokenizer
 from engine.models.scalar_head import load_scalar_head, scoring_pad_token_id
@@ -61,7 +61,8 @@ def reward_model_stage(config: RewardModelConfig) -> Stage:
     """A model with a score head, and pairs of responses; as `sft_stage`."""
     name = config.reward.model_name_or_path
     tokenizer, train, held_out = _data(config, name, train_phase=2)
-    build = partial(load_scalar_head, name, pad_token_id=scoring_pad_token_id(tokenizer), seed=config.seed)
+    given = dict(seed=config.seed, quantization=config.reward.quantization)
+    build = partial(load_scalar_head, name, pad_token_id=scoring_pad_token_id(tokenizer), **given)
     model = _engine(config, build, tokenizer, train, role="reward")
     return _stage(config, model, BradleyTerry(), tokenizer, train, held_out)
 
@@ -69,14 +70,16 @@ def reward_model_stage(config: RewardModelConfig) -> Stage:
 def dpo_stage(config: DPOConfig) -> Stage:
     """A language model, its ref and pairs of responses; as `sft_stage`. A precomputed ref has been freed again."""
     tokenizer, train, held_out = _data(config, config.model.model_name_or_path, train_phase=2)
-    dtype = _dtype(config)
+    dtype, ask = _dtype(config), None
     if config.ref_logprobs == "precomputed":
-        ask, parts = None, [train] if held_out is None else [train, held_out]
+        parts = [train] if held_out is None else [train, held_out]
         train, *rest = with_ref_logprobs(parts, config, dtype=dtype)
         held_out = rest[0] if rest else None
-    else:
+    elif not config.ref_is_the_model:
         ask = online(ref_engine(config, dtype=dtype), config)
     model = _language_model(config, tokenizer, train)
+    if config.ref_is_the_model:
+        ask = online(WithoutAdapter(model), config)
     given = dict(loss=config.loss, beta=config.beta, label_smoothing=config.label_smoothing)
     objective = DirectPreference(ask, **given, chunk_tokens=config.logits_chunk_tokens)
     return _stage(config, model, objective, tokenizer, train, held_out)
@@ -95,7 +98,8 @@ def _data(
 
 
 def _language_model(config: SFTConfig | DPOConfig, tokenizer: PreTrainedTokenizerBase, train: Examples) -> Engine:
-    build = partial(load_language_model, config.model.model_name_or_path)
+    given = dict(quantization=config.model.quantization)
+    build = partial(load_language_model, config.model.model_name_or_path, **given)
     model = _engine(config, build, tokenizer, train, role="model")
     check_language_model(model, role="model", decoding=False)
     return model

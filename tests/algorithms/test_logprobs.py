@@ -11,7 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine.algorithms.kl import full_kl
 from engine.algorithms.logprobs import (
     chunked_full_kl,
+    chunked_full_kl_sum,
     chunked_token_logprobs,
+    chunked_token_logprobs_and_entropy,
     chunked_token_statistics,
     entropy,
     token_logprobs,
@@ -254,3 +256,44 @@ def test_refusals():
         token_logprobs(torch.zeros(2, 3), torch.zeros(1, dtype=torch.int64), temperature=1.0)
     with pytest.raises(ValueError, match="temperature=0"):
         entropy(torch.zeros(2, 3), temperature=0)
+
+
+# Terms of a loss: the entropy bonus, the full KL
+
+
+def heads(seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(7, 5), (11, 5), (11,), (7, 3), (11, 3), (11,), (7,)]
+    return [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 100])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_entropies_and_their_gradients_are_those_of_the_whole_logits(chunk_tokens, with_bias):
+    hidden, weight, bias, *_, weights = heads()
+    tokens = torch.arange(7)
+    inputs = [tensor.requires_grad_() for tensor in (hidden, weight, *([bias] if with_bias else []))]
+    given = dict(temperature=0.7, chunk_tokens=chunk_tokens)
+    logprobs, entropies = chunked_token_logprobs_and_entropy(
+        hidden, weight, bias if with_bias else None, tokens, **given
+    )
+    found = torch.autograd.grad((logprobs * weights + 3 * entropies * weights).sum(), inputs)
+    log_p = ((hidden @ weight.T + (bias if with_bias else 0)) / 0.7).log_softmax(-1)
+    plain, plain_entropies = log_p[torch.arange(7), tokens], -(log_p.exp() * log_p).sum(-1)
+    wanted = torch.autograd.grad((plain * weights + 3 * plain_entropies * weights).sum(), inputs)
+    torch.testing.assert_close((logprobs, entropies), (plain, plain_entropies))
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 100])
+def test_the_full_kl_as_a_loss_and_its_gradients_are_those_of_the_whole_logits(chunk_tokens):
+    hidden, weight, bias, ref_hidden, ref_weight, ref_bias, weights = heads()
+    inputs = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
+    ref = [tensor.requires_grad_() for tensor in (ref_hidden, ref_weight, ref_bias)]
+    total = chunked_full_kl_sum(*inputs, *ref, weights, temperature=0.7, chunk_tokens=chunk_tokens)
+    found = torch.autograd.grad(2 * total, [*inputs, *ref], allow_unused=True)
+    kl = full_kl(hidden @ weight.T + bias, ref_hidden @ ref_weight.T + ref_bias, temperature=0.7)
+    wanted = torch.autograd.grad(2 * (kl * weights).sum(), inputs)
+    torch.testing.assert_close(total, (kl * weights).sum())
+    torch.testing.assert_close(found[:3], wanted)
+    assert found[3:] == (None, None, None), "the ref is not trained"

@@ -11,8 +11,12 @@ from engine.algorithms.losses import (
     MAX_LOG_RATIO,
     clipped_policy_loss,
     clipped_value_loss,
+    importance_weights,
+    kl_loss,
+    penalised_policy_loss,
     policy_ratio,
     policy_statistics,
+    token_weights,
     value_clipped,
 )
 
@@ -198,3 +202,73 @@ def test_rounding_clips_no_value():
     new_values = values + 0.19 * (2 * torch.rand(10_000) - 1)  # all inside the range
     mask = torch.ones(10_000, dtype=torch.bool)
     assert value_clipped(new_values, values, torch.randn(10_000), mask, value_clip_range=0.2).item() == 0
+
+
+# The penalty, other means, and what tokens weigh
+
+
+def test_the_penalty_by_hand():
+    """ratio e^0.3, advantage 1, beta 2: -e^0.3 + 2 (e^0.3 - 1 - 0.3)."""
+    new, old, one = torch.tensor([0.3]), torch.tensor([0.0]), torch.ones(1)
+    loss = penalised_policy_loss(new, old, one, torch.ones(1, dtype=torch.bool), penalty_coef=2.0, count=1)
+    assert loss.item() == pytest.approx(-math.exp(0.3) + 2 * (math.exp(0.3) - 1.3))
+
+
+def test_without_a_penalty_it_is_the_unclipped_surrogate():
+    generator = torch.Generator().manual_seed(0)
+    new, old, advantages = torch.randn(3, 50, generator=generator)
+    mask = torch.ones(50, dtype=torch.bool)
+    penalised = penalised_policy_loss(new, old, advantages, mask, penalty_coef=0.0, count=50)
+    assert penalised.item() == pytest.approx(-(advantages * (new - old).exp()).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_the_kl_in_the_loss_pulls_towards_the_ref(estimator):
+    new = torch.tensor([-1.0, -3.0], requires_grad=True)
+    ref, mask = torch.tensor([-2.0, -2.0]), torch.ones(2, dtype=torch.bool)
+    kl_loss(new, ref, mask, estimator=estimator, count=2).backward()
+    assert new.grad[0] > 0 > new.grad[1], "a step down the gradient brings both nearer to -2"
+
+
+def test_the_kl_in_the_loss_by_hand():
+    new, ref, mask = torch.tensor([-1.0]), torch.tensor([-2.0]), torch.ones(1, dtype=torch.bool)
+    assert kl_loss(new, ref, mask, estimator="k2", count=4).item() == pytest.approx(0.5 / 4)
+    assert kl_loss(new, ref, mask, estimator="k3", count=4).item() == pytest.approx((math.exp(-1.0) - 1 + 1) / 4)
+    with pytest.raises(ValueError, match="'k1' has no gradient"):
+        kl_loss(new, ref, mask, estimator="k1", count=4)
+
+
+def test_token_weights_make_the_three_means():
+    lengths = torch.tensor([1, 3, 0, 4])
+    x = torch.tensor([8.0, 1.0, 2.0, 3.0, 4.0, 4.0, 4.0, 8.0])
+
+    def mean(kind):
+        return (token_weights(lengths, mean=kind, max_response_tokens=5) * x).sum().item() / 8
+
+    assert mean("tokens") == pytest.approx(x.mean().item())
+    assert mean("responses") == pytest.approx((8 + 2 + 0 + 5) / 4)
+    assert mean("constant") == pytest.approx(34 / (4 * 5))
+
+
+@pytest.mark.parametrize("name", ["clipped", "penalised", "kl"])
+def test_a_weight_multiplies_a_tokens_share(name):
+    generator = torch.Generator().manual_seed(1)
+    new, old, advantages = torch.randn(3, 6, generator=generator)
+    mask, weights = torch.tensor([True] * 5 + [False]), torch.tensor([0.0, 1.0, 2.0, 0.5, 3.0, math.nan])
+
+    def loss(picked, **given):
+        new_, old_, advantages_, mask_ = (tensor[picked] for tensor in (new, old, advantages, mask))
+        if name == "clipped":
+            return clipped_policy_loss(new_, old_, advantages_, mask_, clip_range=0.2, count=5, **given)
+        if name == "penalised":
+            return penalised_policy_loss(new_, old_, advantages_, mask_, penalty_coef=0.7, count=5, **given)
+        return kl_loss(new_, old_, mask_, estimator="k3", count=5, **given)
+
+    wanted = sum(weights[n] * loss(torch.tensor([n])) for n in range(5))
+    torch.testing.assert_close(loss(torch.arange(6), weights=weights), wanted)
+
+
+def test_importance_weights_are_cut_off_and_carry_no_gradient():
+    logprobs = torch.tensor([-1.0, -1.0, -1.0], requires_grad=True)
+    weights = importance_weights(logprobs, torch.tensor([-1.0, -2.0, 0.0]), cap=2.0)
+    assert weights.tolist() == pytest.approx([1.0, 2.0, math.exp(-1)]) and not weights.requires_grad

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.algorithms.masking import response_mask
-from engine.algorithms.rewards import kl_shaped_rewards
+from engine.algorithms.rewards import Moments, kl_shaped_rewards, length_penalties
 
 
 def test_by_hand():
@@ -46,3 +46,29 @@ def test_wrong_shapes_are_refused_by_name():
         kl_shaped_rewards(torch.zeros(2, 1), torch.zeros(2, 3), mask, kl_coef=1.0)
     with pytest.raises(ValueError, match="kl"):
         kl_shaped_rewards(torch.zeros(2), torch.zeros(2, 1), mask, kl_coef=1.0)
+
+
+# What is done to scores
+
+
+def test_moments_of_parts_are_those_of_the_whole():
+    numbers = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3 + 100
+    moments = Moments()
+    for part in numbers.split([1, 0, 20, 29]):
+        moments = moments.with_more(part)
+    assert moments.count == 50
+    assert (moments.mean, moments.std) == pytest.approx((numbers.mean().item(), numbers.std(correction=0).item()))
+
+
+def test_numbers_that_do_not_vary_keep_their_scale():
+    assert Moments().std == 1.0
+    assert Moments().with_more(torch.full((4,), 2.0)).std == 1.0
+
+
+def test_penalties_on_length_by_hand():
+    """Of 10 tokens the last 4 cost: nothing at 6, half at 8, all at 10; a cut-off response costs 3 more."""
+    lengths, ended = torch.tensor([2, 6, 8, 10, 10]), torch.tensor([True, True, True, True, False])
+    given = dict(overlong_penalty=2.0, overlong_tokens=4, max_response_tokens=10)
+    assert length_penalties(lengths, ended, missing_eos_penalty=3.0, **given).tolist() == [0, 0, 1, 2, 5]
+    given |= dict(overlong_penalty=0.0, overlong_tokens=0)
+    assert length_penalties(lengths, ended, missing_eos_penalty=3.0, **given).tolist() == [0, 0, 0, 0, 3]

@@ -8,7 +8,6 @@ import engines
 import pytest
 import tiny
 import torch
-from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from engine.distributed import comm
@@ -17,7 +16,6 @@ from engine.distributed.optimization import step_together
 from engine.models.loading import load_tokenizer
 
 KINDS = (0, 1, 2, "strict")
-IDS = torch.tensor([[5, 6, 7, 200, 1, 0, 31, 8], [9, 100, 3, 44, 257, 12, 2, 2]])
 
 
 def trained(role, model, kind, strict_z3):
@@ -31,34 +29,13 @@ def trained(role, model, kind, strict_z3):
     return engine
 
 
-@torch.no_grad()
-def said_live(engine, role):
-    """Log-probs of every token but the first, or the value at every token."""
-    engine.eval()
-    everywhere = torch.arange(IDS.numel()).view_as(IDS)
-    if role == "critic":
-        return engine(IDS, everywhere.flatten()).view_as(IDS)
-    given = dict(temperature=1.0, chunk_tokens=4)
-    return engine(IDS, everywhere[:, :-1].flatten(), IDS[:, 1:].flatten(), **given).logprobs.view(len(IDS), -1)
-
-
 def train_and_export(role, model, kind, strict_z3, folder):
     engine = trained(role, model, kind, strict_z3)
     naive = sum(tensor.numel() for tensor in engine.module.model.state_dict().values())
     before = engines.digest(engine), engine.module.model.config.use_cache
     export_huggingface(engine, Path(folder), load_tokenizer(model))
     assert (engines.digest(engine), engine.module.model.config.use_cache) == before, "exporting changes nothing"
-    return said_live(engine, role), naive
-
-
-@torch.no_grad()
-def said_by_folder(folder, role):
-    """The same from the exported folder, by the formulas."""
-    if role == "actor":
-        logits = AutoModelForCausalLM.from_pretrained(folder).eval()(IDS).logits
-        return F.log_softmax(logits[:, :-1], dim=-1).gather(-1, IDS[:, 1:, None]).squeeze(-1)
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    return model.score(model.base_model(IDS).last_hidden_state).squeeze(-1)
+    return engines.said_live(engine, role), naive
 
 
 CASES = [
@@ -77,8 +54,8 @@ CASES = [
 def test_an_export_says_what_the_engine_says(run_ranks, strict_z3, tmp_path, role, model, kind):
     folder = tmp_path / "export"
     (live, naive), _ = run_ranks(train_and_export, role, model, kind, strict_z3, str(folder))
-    torch.testing.assert_close(said_by_folder(folder, role), live, rtol=0, atol=1e-5)
-    assert not torch.allclose(said_by_folder(_start(role, model), role), live, atol=1e-3), "it was trained"
+    torch.testing.assert_close(engines.said_by_folder(folder, role), live, rtol=0, atol=1e-5)
+    assert not torch.allclose(engines.said_by_folder(_start(role, model), role), live, atol=1e-3), "it was trained"
     # Negative control: what ZeRO-3 leaves in a plain state_dict is nothing.
     assert (naive == 0) == (kind == "strict")
 

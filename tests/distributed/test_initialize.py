@@ -62,7 +62,7 @@ def built(kind, strict_z3, role, watch):
     parameters = list(engine.module.parameters())
     return dict(
         stage=initialize.stage_of(engine),
-        total=initialize.parameter_count(engine),
+        total=initialize.parameter_bytes(engine) // 4,  # of fp32
         number=len(parameters),
         largest=max(math.prod(getattr(p, "ds_shape", p.shape)) for p in parameters),
         held=sum(p.numel() for p in parameters),

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from engine.config import PPOConfig
-from engine.data import create_datasets
+from engine.data import create_datasets, create_pretraining_dataset
 from engine.distributed.gather import gathered
 from engine.models.loading import load_tokenizer
 from engine.rlhf_engine import DeepSpeedRLHFEngine
@@ -32,7 +32,7 @@ def build(config: PPOConfig) -> tuple[DeepSpeedPPOTrainer, Any]:
     tokenizer = load_tokenizer(config.model_of("actor"))
     prompts, num_iterations = create_datasets(config, tokenizer, train_phase=3)
     engine = DeepSpeedRLHFEngine(config.model_of("actor"), config.model_of("critic"), tokenizer, num_iterations, config)
-    return DeepSpeedPPOTrainer(engine, config), prompts
+    return DeepSpeedPPOTrainer(engine, config, create_pretraining_dataset(config, tokenizer)), prompts
 
 
 def weights(engine) -> dict[str, torch.Tensor]:
@@ -58,13 +58,14 @@ def train(config: PPOConfig, keep_weights: bool = False) -> dict[str, Any]:
     frozen = [engine for engine in (trainer.ref, trainer.reward) if engine]
     log, before = Log(), [digest(engine) for engine in frozen]
     trainer.train(prompts, config.num_iterations, log)
+    trained = {role: engine for role in ("actor", "critic") if (engine := getattr(trainer, role)) is not None}
     result = {
         "metrics": log.metrics,
         "samples": log.samples,
         "frozen": [digest(engine) for engine in frozen] == before and len(before),
-        "actor": digest(trainer.actor),
-        "critic": digest(trainer.critic),
+        "steps": len(trainer.steps),
+        **{role: digest(engine) for role, engine in trained.items()},
     }
     if keep_weights:
-        result["weights"] = {"actor": weights(trainer.actor), "critic": weights(trainer.critic)}
+        result["weights"] = {role: weights(engine) for role, engine in trained.items()}
     return result

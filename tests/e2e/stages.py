@@ -49,13 +49,13 @@ def script(stage: str, config: SupervisedConfig) -> dict[str, Any]:
     module, kept = import_module(f"launch.train_{stage}"), {}
     export, shutdown = module.export_huggingface, comm.shutdown
 
-    def listening(engine, folder, tokenizer):
+    def listening(engine, folder, tokenizer, **given):
         module.export_huggingface = export
         phase = 1 if stage == "sft" else 2
         objective = BradleyTerry() if stage == "reward" else NextToken(chunk_tokens=16)
         minibatches, _ = create_datasets(config, tokenizer, train_phase=phase)
         kept["numbers"] = SupervisedTrainer(engine, objective, config).numbers(minibatches.dataset.examples)
-        export(engine, folder, tokenizer)
+        export(engine, folder, tokenizer, **given)
 
     module.export_huggingface, comm.shutdown = listening, comm.barrier
     try:

@@ -106,7 +106,7 @@ def scored(config):
         eos = trainer.tokenizer.eos_token_id
         responses = [trainer.tokenizer(RESPONSES[n])["input_ids"] + [eos] * ENDED[n] for n in share]
         sequences = sequences_of_all_ranks(Sequences.of(batch.tokens, responses))
-        scores = trainer.scores(batch, responses, sequences)
+        scores = trainer.scoring.scores(batch, responses, sequences).scores
         said, log = printed.getvalue(), Log()
         trainer.train(prompts, 1, log)
     asked = [prompt for rank in comm.gathered_objects(batch.prompts) for prompt in rank]

@@ -12,6 +12,7 @@ from runs import Log, build, digest, train
 
 from engine.distributed import comm
 from engine.rollout.experience import Experience
+from engine.rollout.generation import Responses
 
 AT = "test_faults:"
 
@@ -118,13 +119,14 @@ def test_uneven_shares(run_ranks, ppo_config, tmp_path, kind, prompts):
 def short_on_rank_one(config, length, everywhere):
     """Two iterations in which the responses of rank 1, or of all ranks, are cut to `length` tokens."""
     trainer, prompts = build(config)
-    speak = trainer.generate
+    speak = trainer.sample
 
-    def generate(batch):
+    def sample(batch):
         responses = speak(batch)
-        return [response[:length] for response in responses] if everywhere or comm.rank() == 1 else responses
+        short = Responses(*([row[:length] for row in rows] for rows in responses))
+        return short if everywhere or comm.rank() == 1 else responses
 
-    trainer.generate = generate
+    trainer.sample = sample
     log, start = Log(), digest(trainer.actor)
     trainer.train(prompts, 2, log)
     return start != digest(trainer.actor), log.metrics

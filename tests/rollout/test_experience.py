@@ -14,7 +14,16 @@ from engine.data.sequences import Sequences
 from engine.rollout.experience import PER_TOKEN, Experience, padded, shaped_experience
 from engine.rollout.measuring import Measurements
 
-GIVEN = dict(kl_coef=0.3, gamma=0.9, lam=0.8, value_label="gae")
+GIVEN = dict(
+    kl_coef=0.3,
+    kl_placement="reward",
+    advantage_estimator="gae",
+    whitened=True,
+    group_size=1,
+    gamma=0.9,
+    lam=0.8,
+    value_label="gae",
+)
 MEASURED = [f.name for f in fields(Measurements)]
 RESPONSES = [3, 0, 1, 5, 2]
 
@@ -73,9 +82,8 @@ def test_shaping_by_hand():
     flat = dict.fromkeys(MEASURED, torch.zeros(3)) | dict(
         kl=torch.tensor([1.0, 2.0, 4.0]), values=torch.tensor([0.5, 1.0, 2.0])
     )
-    shaped = shaped_experience(
-        sequences, torch.tensor([3.0, 1.0]), Measurements(**flat), kl_coef=0.5, gamma=1.0, lam=1.0, value_label="gae"
-    )
+    given = GIVEN | dict(kl_coef=0.5, gamma=1.0, lam=1.0)
+    shaped = shaped_experience(sequences, torch.tensor([3.0, 1.0]), Measurements(**flat), **given)
     torch.testing.assert_close(shaped.rewards, torch.tensor([-0.5, 2.0, -1.0]))
     torch.testing.assert_close(shaped.returns, torch.tensor([1.5, 2.0, -1.0]))
     # advantages 1, 1, -3: mean -1/3, population variance (16/9 + 16/9 + 64/9) / 3 = 32/9

@@ -257,7 +257,7 @@ GRID = 200_000
 def drawn(logits, uniform, **sampling) -> torch.Tensor:
     sampling = Sampling(max_response_tokens=1, **sampling)
     rows = torch.tensor(logits, dtype=torch.float32).expand(len(uniform), -1)
-    return _draw(rows, uniform, sampling, _warpers(sampling))
+    return _draw(rows, uniform, sampling, _warpers(sampling))[0]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
@@ -309,7 +309,7 @@ def test_the_largest_noise_draws_a_token_of_the_vocabulary(vocabulary):
     logits[4:, -vocabulary // 3 :] = -math.inf
     for u in (0.0, 1 - 2.0**-53):
         uniform = torch.full((8,), u, dtype=torch.float64)
-        tokens = _draw(logits, uniform, Sampling(max_response_tokens=1), _warpers(Sampling(max_response_tokens=1)))
+        tokens = _draw(logits, uniform, Sampling(max_response_tokens=1), _warpers(Sampling(max_response_tokens=1)))[0]
         assert (tokens >= 0).all() and (tokens < vocabulary).all()
         assert logits[torch.arange(8), tokens].isfinite().all()
 
@@ -339,7 +339,7 @@ def test_rare_tokens_are_told_apart():
     logits = torch.tensor([math.log(head / 1e-8)] + [0.0] * tail)
     uniform = head + 1e-8 * (torch.arange(tail, dtype=torch.float64) + 0.5)
     sampling = Sampling(max_response_tokens=1)
-    tokens = [_draw(logits.expand(len(u), -1), u, sampling, _warpers(sampling)) for u in uniform.split(500)]
+    tokens = [_draw(logits.expand(len(u), -1), u, sampling, _warpers(sampling))[0] for u in uniform.split(500)]
     assert len(set(torch.cat(tokens).tolist())) > 0.95 * tail
 
 

@@ -1,14 +1,18 @@
 """scoring.py: what a user's score function is given and what it may give back."""
 
+import asyncio
 import math
 import sys
+import time
 
 import pytest
 import torch
 
 from engine.data.exchanges import rows_of
 from engine.models.random_init import byte_tokenizer
-from engine.rollout.scoring import load_score_function, scores_of_function, sequences_for_another_tokenizer
+from engine.rollout.reward_text import sequences_for_another_tokenizer
+from engine.rollout.score_functions import load_score_function, scores_of_function, scores_one_by_one
+from engine.rollout.scoring import _filled
 
 PROMPTS, RESPONSES = ["p", "q"], ["a", "bcd"]
 
@@ -202,3 +206,58 @@ def test_a_cut_off_response_that_the_template_contains_is_not_cut_again(response
 
 def test_no_exchanges_are_no_sequences():
     assert len(sequences_for_another_tokenizer([], byte_tokenizer())) == 0
+
+
+# Async functions, time limits, and functions that fail for some
+
+
+async def later(prompts, responses):
+    await asyncio.sleep(0.01)
+    return [len(response) for response in responses]
+
+
+def test_an_async_function_is_waited_for():
+    assert scores(later).tolist() == [1, 3]
+
+
+def slow(prompts, responses):
+    time.sleep(5)
+    return [0.0, 0.0]
+
+
+async def slow_async(prompts, responses):
+    await asyncio.sleep(5)
+
+
+@pytest.mark.parametrize("function", [slow, slow_async])
+def test_a_function_may_take_so_long_and_no_longer(function):
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=rf"{function.__name__} took longer than reward\.timeout_s=0\.2"):
+        scores_of_function(function, PROMPTS, RESPONSES, {}, timeout_s=0.2)
+    assert time.monotonic() - started < 3
+    assert scores_of_function(later, PROMPTS, RESPONSES, {}, timeout_s=3).tolist() == [1, 3]
+
+
+def picky(prompts, responses, answer):
+    if "q" in prompts:
+        raise KeyError("no q")
+    return [float(number) for number in answer]
+
+
+def test_only_the_response_that_a_function_cannot_judge_is_left_out():
+    got, errors = scores_one_by_one(picky, ["p", "q", "r"], ["", "", ""], {"answer": [5, 6, 7]})
+    assert got[0] == 5 and got[1].isnan() and got[2] == 7
+    assert errors[0] is errors[2] is None and "picky raised KeyError: 'no q'" in errors[1]
+
+
+def test_a_function_that_takes_too_long_judges_none():
+    got, errors = scores_one_by_one(slow, PROMPTS, RESPONSES, {}, timeout_s=0.2)
+    assert got.isnan().all() and all("took longer" in error for error in errors)
+
+
+def test_what_failed_gets_the_mean_of_its_group_or_of_all():
+    given = torch.tensor([1.0, 3.0, 0.0, 0.0, 0.0, 8.0])
+    failed = torch.tensor([False, False, True, True, True, False])
+    assert _filled(given, failed, group_size=1).tolist() == [1, 3, 4, 4, 4, 8]
+    assert _filled(given, failed, group_size=2).tolist() == [1, 3, 4, 4, 8, 8]
+    assert _filled(given, failed, group_size=3).tolist() == [1, 3, 2, 8, 8, 8]

@@ -78,12 +78,14 @@ def test_explained_variance(values, returns, wanted):
 def test_steps_are_weighted_by_their_tokens_and_extremes_are_not_averaged():
     rows = [(10, 1.0, 0.5, 2.0, 3.0, 1.05), (30, 3.0, 0.1, 4.0, 0.7, 2.0), (60, -1.0, 0.0, 1.0, 0.2, 1.2)]
     names = ("tokens", "loss/policy", "policy/clip_fraction", "grad_norm/actor", "policy/log_ratio_max")
-    others = dict.fromkeys(("loss/value", "policy/approx_kl", "value/clip_fraction", "grad_norm/critic"), 7.0)
+    others = dict.fromkeys(
+        ("loss/value", "loss/pretraining", "policy/approx_kl", "value/clip_fraction", "grad_norm/critic"), 7.0
+    )
     steps = [others | dict(zip((*names, "policy/ratio_max"), row, strict=True)) for row in rows]
     steps = [
         step | {"lr/actor": rate, "lr/critic": 2 * rate} for step, rate in zip(steps, (3.0, 2.0, 1.0), strict=True)
     ]
-    assert step_metrics(steps) == pytest.approx(
+    assert step_metrics(steps, left_out=()) == pytest.approx(
         others
         | {
             "loss/policy": (10 + 90 - 60) / 100,
@@ -111,6 +113,6 @@ def test_the_largest_ratio_is_not_that_of_the_largest_distance():
 
 def test_without_steps_every_name_is_there_and_not_a_number():
     """Every step of the iteration was skipped: nothing is known, and readers find the columns they expect."""
-    seen = step_metrics([])
+    seen = step_metrics([], left_out=())
     assert {"loss/policy", "loss/value", "policy/ratio_max", "grad_norm/critic"} <= seen.keys()
     assert all(math.isnan(value) for value in seen.values())

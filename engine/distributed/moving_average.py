@@ -1,0 +1,57 @@
+"""An exponential moving average of a trained engine's weights, which moves at every ZeRO stage.
+
+Kept in fp32 and in shards: every rank averages its part of each weight. An average in bf16 would stand still, since
+what one step adds is below its rounding; one written into gathered ZeRO-3 weights would be thrown away with them.
+
+DeepSpeed 0.19's private name is used here: `ds_tensor`, a rank's flat shard of a ZeRO-3 parameter, padded at the last
+rank. `tests/distributed/test_moving_average.py` holds it.
+"""
+
+import math
+
+import torch
+from deepspeed import DeepSpeedEngine
+from torch import Tensor, nn
+
+from engine.distributed import comm
+
+
+class MovingAverage:
+    """average <- decay * average + (1 - decay) * weights, after each optimizer step.
+
+    Polyak & Juditsky 1992, https://doi.org/10.1137/0330046; as an exponential average in RLHF: Ouyang et al. 2022,
+    https://arxiv.org/abs/2203.02155, appendix C.
+    """
+
+    def __init__(self, engine: DeepSpeedEngine, *, decay: float):
+        """
+        Args:
+            decay: in [0, 1); 0 is a copy of the weights.
+        """
+        self.decay = decay
+        self.parameters = {name: p for name, p in engine.module.model.named_parameters() if p.requires_grad}
+        self.shards = {name: _shard(p).float().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the weights as they are now."""
+        for name, parameter in self.parameters.items():
+            self.shards[name].lerp_(_shard(parameter).float(), 1 - self.decay)
+
+    def whole(self, name: str) -> Tensor:
+        """The average of one weight, on every rank, in the weight's shape and fp32. A collective."""
+        shape = _shape(self.parameters[name])
+        flat = comm.concatenated(self.shards[name].to(comm.device()))
+        return flat[: math.prod(shape)].view(shape)
+
+
+def _shard(parameter: nn.Parameter) -> Tensor:
+    """(ceil(elements / ranks),) this rank's part of a weight; shorter where they end."""
+    if hasattr(parameter, "ds_tensor"):
+        return parameter.ds_tensor.detach()
+    size = -(-parameter.numel() // comm.world_size())
+    return parameter.detach().flatten()[comm.rank() * size : (comm.rank() + 1) * size]
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))  # ds_shape: DeepSpeed's, on a ZeRO-3 shard

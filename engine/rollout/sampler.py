@@ -1,0 +1,47 @@
+"""The actor as it writes responses in a run: with the run's settings, gathered or from its shards."""
+
+from transformers import PreTrainedTokenizerBase
+
+from engine.config import PPOConfig
+from engine.distributed import comm
+from engine.distributed.gather import gathered_for_generation, sharded_for_generation
+from engine.distributed.initialize import Engine
+from engine.models.loading import vocabulary_size
+from engine.rollout.generation import Responses, Sampling, noise_of_rows, sampled_responses
+
+
+class Sampler:
+    """Draws responses."""
+
+    def __init__(
+        self, actor: Engine, tokenizer: PreTrainedTokenizerBase, config: PPOConfig, *, eos_token_ids: list[int]
+    ):
+        self.actor, self.config, self.eos_token_ids = actor, config, eos_token_ids
+        self.sampling = Sampling(
+            max_response_tokens=config.rollout.max_response_tokens,
+            min_response_tokens=config.rollout.min_response_tokens,
+            temperature=config.rollout.temperature,
+            top_p=config.rollout.top_p,
+            top_k=config.rollout.top_k,
+            vocabulary_size=vocabulary_size(tokenizer),
+        )
+
+    def responses(self, prompts: list[list[int]], keys: list[tuple[int, ...]]) -> Responses:
+        """One response to each of this rank's prompts. A collective under ZeRO-3.
+
+        Args:
+            prompts: token ids.
+            keys: of the noise of each row; see `noise_of_rows`.
+        """
+        config = self.config.rollout
+        sharded = config.weights == "sharded"
+        with sharded_for_generation(self.actor) if sharded else gathered_for_generation(self.actor) as whole:
+            return sampled_responses(
+                whole.model,
+                prompts,
+                noise_of_rows(keys, config.max_response_tokens),
+                sampling=self.sampling,
+                eos_token_ids=self.eos_token_ids,
+                micro_batch_size=self.config.rollout_micro_batch_size,
+                any_rank_active=comm.any_true if sharded else None,
+            )

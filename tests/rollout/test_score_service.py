@@ -1,0 +1,103 @@
+"""score_service.py against real servers on loopback: good ones, slow ones, broken ones, and none at all."""
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from ranks import free_port
+
+from engine.rollout import score_service
+from engine.rollout.score_service import scores_of_service
+
+PROMPTS, RESPONSES, COLUMNS = ["p", "q"], ["a", "bcd"], {"answer": [1, "é"]}
+GOOD = (200, {"scores": [1, 3.5]})
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """`served(answer, answer, ...)`: a server's address and the requests it gets. An answer is (status, body), a number
+    of seconds to think first, or bytes; the last is repeated.
+    """
+    monkeypatch.setattr(score_service, "FIRST_WAIT_S", 0.01)
+    servers = []
+
+    def start(*answers):
+        seen = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                seen.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                answer = answers[min(len(seen), len(answers)) - 1]
+                if isinstance(answer, float):
+                    time.sleep(answer)
+                    answer = GOOD
+                status, body = answer if isinstance(answer, tuple) else (200, answer)
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(body if isinstance(body, bytes) else json.dumps(body).encode())
+
+            def log_message(self, *args):
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}/scores", seen
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def asked(url, *, timeout_s=5.0, retries=2):
+    return scores_of_service(url, PROMPTS, RESPONSES, COLUMNS, timeout_s=timeout_s, retries=retries)
+
+
+def test_text_and_columns_are_sent_and_scores_come_back(served):
+    url, seen = served(GOOD)
+    assert asked(url).tolist() == [1.0, 3.5]
+    assert seen == [{"prompts": PROMPTS, "responses": RESPONSES, "columns": COLUMNS}]
+
+
+@pytest.mark.parametrize("trouble", [(503, "busy"), (429, "slow down"), (500, b"oops"), 0.6])
+def test_what_may_pass_is_asked_again(served, trouble):
+    url, seen = served(trouble, trouble, GOOD)
+    assert asked(url, timeout_s=0.3).tolist() == [1.0, 3.5] and len(seen) == 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "said", "attempts"),
+    [
+        ((503, "busy"), r'answered 503: "busy", 3 times', 3),
+        ((404, "nothing here"), "answered 404", 1),
+        (1.0, r"took longer than reward\.timeout_s=0\.3, 3 times", 3),
+        (b"<html>", r"did not answer .*<html>", 1),
+        ((200, [1, 2]), r"did not answer", 1),
+        ((200, {"score": [1, 2]}), r"did not answer", 1),
+        ((200, {"scores": [1]}), "returned 1 scores for 2 responses", 1),
+        ((200, {"scores": [1, "good"]}), "not a list of numbers", 1),
+        ((200, {"scores": None}), "not a list of numbers", 1),
+    ],
+)
+def test_what_does_not_pass_is_an_error_that_names_the_service(served, answer, said, attempts):
+    url, seen = served(answer)
+    with pytest.raises(ValueError, match=f"the score service {url} .*{said}"):
+        asked(url, timeout_s=0.3)
+    assert len(seen) == attempts
+
+
+def test_a_service_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(score_service, "FIRST_WAIT_S", 0.01)
+    with pytest.raises(ValueError, match=r"could not be reached .*, 3 times"):
+        asked(f"http://127.0.0.1:{free_port()}/scores")
+
+
+def test_each_wait_is_twice_the_last(monkeypatch, served):
+    waits = []
+    monkeypatch.setattr(score_service.time, "sleep", waits.append)
+    with pytest.raises(ValueError, match="5 times"):
+        asked(f"http://127.0.0.1:{free_port()}/scores", retries=4)
+    assert waits == pytest.approx([0.01, 0.02, 0.04, 0.08])
