@@ -57,8 +57,7 @@ def gathered(parameters: Iterable[nn.Parameter]):
 
     A collective under ZeRO-3.
     """
-    # Each once: DeepSpeed would gather a parameter that comes twice a second time, over its own weights.
-    sharded = [parameter for parameter in dict.fromkeys(parameters) if hasattr(parameter, "ds_id")]
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     return deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext()
 
 

@@ -54,8 +54,8 @@ def test_the_chat_template_that_was_trained_with_is_exported(run_ranks, stage_co
     assert AutoTokenizer.from_pretrained(folder).chat_template == template.read_text()
 
 
-def with_a_scaled_head(name, *, dtype):
-    module = load_language_model(name, dtype=dtype)
+def with_a_scaled_head(name, **given):
+    module = load_language_model(name, **given)
     plain = module.head.forward
     module.head.forward = lambda states: plain(states) / 4
     return module
