@@ -162,7 +162,7 @@ def out_of_memory_in(config, method):
     return str(error.value)
 
 
-@pytest.mark.parametrize(("method", "phase"), [("generate", "generate"), ("scores", "score"), ("train_rlhf", "train")])
+@pytest.mark.parametrize(("method", "phase"), [("sample", "generate"), ("shaped", "score"), ("train_rlhf", "train")])
 def test_out_of_memory_names_the_phase_and_settings_that_exist(run_ranks, ppo_config, method, phase):
     config = ppo_config()
     for said in run_ranks(out_of_memory_in, config, method):
