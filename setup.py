@@ -31,6 +31,7 @@ setup(
         "peft>=0.21,<1",
         "datasets>=5.2,<6",
         "jinja2>=3.1,<4",
+        "httpx>=0.28,<1",
         "safetensors>=0.8,<1",
         "numpy>=2.4,<3",
         "pyyaml>=6.0,<7",

@@ -25,11 +25,13 @@ from engine.data import Examples, PromptBatch
 from engine.data.batches import endlessly
 from engine.data.sequences import Sequences
 from engine.distributed import comm
+from engine.models.loading import vocabulary_size
 from engine.rlhf_engine import DeepSpeedRLHFEngine
 from engine.rollout.experience import Experience, shaped_experience
 from engine.rollout.generation import Responses, eos_token_ids_of
 from engine.rollout.measuring import measure, per_token_of_all_ranks, sequences_of_all_ranks
 from engine.rollout.sampler import Sampler
+from engine.rollout.score_functions import checked_scores
 from engine.rollout.scoring import Scored, Scoring
 from engine.tracking import Tracker
 from engine.trainers.ppo_metrics import ended, experience_metrics, step_metrics
@@ -152,17 +154,17 @@ class DeepSpeedPPOTrainer:
         """
         self.progress.iteration += 1
         with comm.same_error_everywhere():
-            mine = self._given(queries, responses, scores)
+            mine, my_scores = self._given(queries, responses, scores)
         with self._timed("score"):
             sequences = sequences_of_all_ranks(mine)
-            everyones = comm.concatenated(torch.tensor(scores, dtype=torch.float32, device=comm.device())).cpu()
+            everyones = comm.concatenated(my_scores.to(comm.device())).cpu()
             scored = Scored(everyones, torch.zeros(len(everyones), dtype=torch.bool))
             experience = self._experience(sequences, None, scored)
         self.train_on(experience)
         self.seconds.setdefault("generate", 0.0)
         return self.metrics(experience)
 
-    def _given(self, queries, responses, scores) -> Sequences:
+    def _given(self, queries, responses, scores) -> tuple[Sequences, Tensor]:
         if not len(queries) == len(responses) == len(scores):
             raise ValueError(
                 f"step() was given {len(queries)} queries, {len(responses)} responses and {len(scores)} scores."
@@ -174,7 +176,10 @@ class DeepSpeedPPOTrainer:
                 f"step() was given a sequence of {int(sequences.lengths.max())} tokens; data.max_prompt_tokens + "
                 f"rollout.max_response_tokens = {longest}."
             )
-        return sequences
+        known = vocabulary_size(self.tokenizer)
+        if len(sequences) and not (int(sequences.tokens.min()) >= 0 and int(sequences.tokens.max()) < known):
+            raise ValueError(f"step() was given a token id outside the tokenizer's 0 to {known - 1}.")
+        return sequences, checked_scores(scores, len(responses), "the caller of step()")
 
     def _experience(self, sequences: Sequences, behaviour_logprobs: Tensor | None, scored: Scored) -> Experience:
         """All that PPO needs to train on these responses, of all ranks; moves the KL controller on. A collective."""

@@ -79,6 +79,8 @@ def refusals(config):
         ([[5]], [[6] * 99], [1.0]),
         ([[5]] * (1 + comm.rank()), [[6]], [1.0]),
         ([[]], [[6]], [1.0]),
+        ([[5]], [[6]], ["good"] if comm.rank() else [1.0]),
+        ([[5]], [[6 + 10_000 * comm.rank()]], [1.0]),
     ]
     said = []
     for arguments in given:
@@ -91,6 +93,14 @@ def refusals(config):
 
 def test_lists_that_do_not_fit_are_refused_on_all_ranks(run_ranks, ppo_config):
     first, second = run_ranks(refusals, ppo_config())
-    assert first == second and len(first) == 4
-    for message, part in zip(first, ("2 scores", "100 tokens", "on rank 1 of 2: step", "without tokens"), strict=True):
+    assert first == second and len(first) == 6
+    parts = (
+        "2 scores",
+        "100 tokens",
+        "on rank 1 of 2: step",
+        "without tokens",
+        "not a list of numbers",
+        "token id outside",
+    )
+    for message, part in zip(first, parts, strict=True):
         assert part in message
