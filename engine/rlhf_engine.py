@@ -11,12 +11,21 @@ from transformers import PreTrainedTokenizerBase
 from engine.config import FrozenRoleConfig, PPOConfig, TrainedRoleConfig, resolved_dtype
 from engine.data.sequences import Sequences
 from engine.distributed import comm
-from engine.distributed.initialize import Engine, WithoutAdapter, frozen_engine, trained_engine
+from engine.distributed.initialize import (
+    Engine,
+    Switched,
+    WithoutAdapter,
+    WithRewardAdapter,
+    frozen_engine,
+    parameter_bytes,
+    trained_engine,
+)
 from engine.distributed.moving_average import MovingAverage
 from engine.models.language_model import load_language_model
 from engine.models.loading import load_tokenizer, read_alike, vocabulary_size
 from engine.models.lora import with_adapter
 from engine.models.scalar_head import load_critic, load_reward_model, scoring_pad_token_id
+from engine.models.shared_trunk import load_shared_trunk
 from engine.rollout.measuring import reward_model_scores, sequences_of_all_ranks
 from engine.rollout.self_check import check_language_model
 
@@ -25,11 +34,12 @@ class DeepSpeedRLHFEngine:
     """Builds and owns actor, ref, critic and reward.
 
     Attributes:
-        actor, critic: trained engines; the critic is None where advantages need none (`args.advantage_estimator`).
+        actor, critic: trained engines; the critic is None where advantages need none (`args.advantage_estimator`), and
+            where it is a head on the actor (`args.shared_trunk`).
         actor_ema: the moving average of the actor's weights; None without `args.ema_decay`.
         ref: frozen; the actor's starting point unless the config names another: a model of its own, or the actor with
             its adapter switched off.
-        reward: frozen; None when scores come from a function.
+        reward: frozen; a model of its own, or the actor with another adapter; None when scores come from elsewhere.
         tokenizer: the actor's.
         reward_tokenizer: the reward model's.
         dtype: of all weights.
@@ -37,9 +47,9 @@ class DeepSpeedRLHFEngine:
 
     actor: Engine
     actor_ema: MovingAverage | None
-    ref: Engine | WithoutAdapter
+    ref: Engine | Switched
     critic: Engine | None
-    reward: Engine | None
+    reward: Engine | Switched | None
 
     def __init__(
         self,
@@ -66,30 +76,17 @@ class DeepSpeedRLHFEngine:
         self.dtype = resolved_dtype(args.dtype, on_gpu=comm.device().type == "cuda")
         self.total_steps = num_total_iters * args.steps_per_iteration
         torch_dtype = getattr(torch, self.dtype)
-        scalar = dict(dtype=torch_dtype, pad_token_id=scoring_pad_token_id(tokenizer))
 
         with comm.same_error_everywhere():
-            if args.has_critic:
+            if args.has_critic and not args.shared_trunk:
                 self._check_vocabulary("critic", critic_model_name_or_path)
             if args.ref.model_name_or_path is not None:
                 self._check_vocabulary("ref", args.ref.model_name_or_path)
-        language_model = partial(load_language_model, dtype=torch_dtype)
-        self.actor = self._trained("actor", args.actor, partial(language_model, actor_model_name_or_path))
-        if args.ref_is_the_actor:
-            self.ref = WithoutAdapter(self.actor)
+        if args.shared_trunk:
+            self._build_trunk(actor_model_name_or_path, torch_dtype)
         else:
-            ref = args.ref.model_name_or_path or actor_model_name_or_path
-            self.ref = self._frozen("ref", args.ref, partial(language_model, ref))
+            self._build_models(actor_model_name_or_path, critic_model_name_or_path, torch_dtype)
         self.actor_ema = None if args.ema_decay is None else MovingAverage(self.actor, decay=args.ema_decay)
-        self.critic = None
-        if args.has_critic:
-            build_critic = partial(load_critic, critic_model_name_or_path, seed=args.seed, **scalar)
-            self.critic = self._trained("critic", args.critic, build_critic)
-        self.reward, self.reward_tokenizer = None, None
-        if args.reward.model_name_or_path is not None:
-            self.reward_tokenizer = load_tokenizer(args.reward.model_name_or_path)
-            build_reward = partial(load_reward_model, args.reward.model_name_or_path, **scalar)
-            self.reward = self._frozen("reward", args.reward, build_reward)
         self._check_sizes()
         check_language_model(self.actor, role="actor")
         if args.ref.model_name_or_path is not None:
@@ -103,6 +100,13 @@ class DeepSpeedRLHFEngine:
             return False
         same_template = self.reward_tokenizer.chat_template == self.tokenizer.chat_template
         return not (same_template and read_alike(self.reward_tokenizer, self.tokenizer))
+
+    def parameter_bytes(self) -> dict[str, int]:
+        """What each role adds to the weights in memory, sharded or not: nothing where it is another role's model. A
+        shared trunk's is the actor's.
+        """
+        engines = {role: getattr(self, role) for role in ("actor", "ref", "critic", "reward")}
+        return {role: parameter_bytes(e) if isinstance(e, Engine) else 0 for role, e in engines.items()}
 
     def reward_scores(self, queries: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[float]:
         """The reward model's scores of this rank's responses, for those who hold the loop themselves. A collective.
@@ -124,15 +128,56 @@ class DeepSpeedRLHFEngine:
         before = comm.concatenated(torch.tensor([len(mine)], device=comm.device())).cpu()[: comm.rank()].sum()
         return scores[int(before) : int(before) + len(mine)].tolist()
 
+    def _build_models(self, actor: str, critic: str, dtype: torch.dtype) -> None:
+        """A model for every role, but for a ref that is the actor without its adapter."""
+        args = self.args
+        scalar = dict(dtype=dtype, pad_token_id=scoring_pad_token_id(self.tokenizer))
+        self.actor = self._trained("actor", args.actor, partial(load_language_model, actor, dtype=dtype))
+        if args.ref_is_the_actor:
+            self.ref = WithoutAdapter(self.actor)
+        else:
+            build_ref = partial(load_language_model, args.ref.model_name_or_path or actor, dtype=dtype)
+            self.ref = self._frozen("ref", args.ref, build_ref)
+        self.critic = None
+        if args.has_critic:
+            self.critic = self._trained("critic", args.critic, partial(load_critic, critic, seed=args.seed, **scalar))
+        self.reward, self.reward_tokenizer = None, None
+        if args.reward.model_name_or_path is not None:
+            self.reward_tokenizer = load_tokenizer(args.reward.model_name_or_path)
+            build_reward = partial(load_reward_model, args.reward.model_name_or_path, **scalar)
+            self.reward = self._frozen("reward", args.reward, build_reward)
+
+    def _build_trunk(self, actor: str, dtype: torch.dtype) -> None:
+        """One model for all roles."""
+        args, reward = self.args, self.args.reward.model_name_or_path
+        build = partial(
+            load_shared_trunk,
+            actor,
+            dtype=dtype,
+            adapter=args.actor.adapter,
+            reward_adapter=reward,
+            with_value_head=args.has_critic,
+            seed=args.seed,
+            quantization=args.actor.quantization,
+        )
+        self.actor = self._trained_engine("actor", args.actor, build, learning_rate=args.critic.learning_rate)
+        self.ref, self.critic = WithoutAdapter(self.actor), None
+        self.reward = None if reward is None else WithRewardAdapter(self.actor)
+        self.reward_tokenizer = None if reward is None else load_tokenizer(reward, is_adapter=True)
+
     def _trained(self, role: Literal["actor", "critic"], config: TrainedRoleConfig, build) -> Engine:
         build = partial(build, quantization=config.quantization)
         if config.has_adapter:
             build = partial(with_adapter, build, seed=self.args.seed, **config.adapter)
+        return self._trained_engine(role, config, build, learning_rate=config.learning_rate)
+
+    def _trained_engine(self, role: str, config: TrainedRoleConfig, build, *, learning_rate: float) -> Engine:
+        """`learning_rate` is of all but an adapter."""
         return trained_engine(
             build,
             ds_config=self.args.ds_config_of(role),
             dtype=self.dtype,
-            learning_rate=config.learning_rate,
+            learning_rate=learning_rate,
             adapter_learning_rate=config.adapter_learning_rate,
             lr_scheduler=config.lr_scheduler,
             warmup_steps=config.warmup_steps,

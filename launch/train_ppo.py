@@ -11,7 +11,7 @@ from pathlib import Path
 from engine.config import PPOConfig, parse, run
 from engine.data import create_datasets, create_pretraining_dataset
 from engine.distributed import comm
-from engine.distributed.checkpoint import export_huggingface
+from engine.distributed.checkpoint import export_critic_of_trunk, export_huggingface
 from engine.models.loading import load_tokenizer
 from engine.rlhf_engine import DeepSpeedRLHFEngine
 from engine.rollout.score_functions import load_score_function
@@ -52,6 +52,8 @@ def main() -> None:
             export_huggingface(rlhf_engine.actor, output_dir / "actor_ema", tokenizer, form=actor_form, average=average)
         if rlhf_engine.critic is not None:
             export_huggingface(rlhf_engine.critic, output_dir / "critic", tokenizer, form=config.critic.export_form)
+        elif rlhf_engine.actor.module.has_value_head:
+            export_critic_of_trunk(rlhf_engine.actor, output_dir / "critic", tokenizer)
     if comm.is_main():
         print(f"Done: {num_iterations} iterations. Metrics, samples and the exported actor and critic: {output_dir}")
     comm.shutdown()

@@ -73,6 +73,38 @@ def score_head(name: str, seed: int = 1) -> str:
     return f"{name}&head=score&seed={seed}"
 
 
+def reward_adapter(model: str, folder: Path) -> str:
+    """A reward model's adapter of a random model in a folder of PEFT's, scores of mean 3 and deviation 2."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+    from transformers.pytorch_utils import Conv1D
+
+    from engine.models.loading import load_tokenizer
+    from engine.models.random_init import local_name
+
+    torch.manual_seed(7)
+    plain = AutoModelForSequenceClassification.from_pretrained(local_name(model), num_labels=1)
+    linear = {
+        name.split(".")[-1]
+        for name, module in plain.base_model.named_modules()
+        if isinstance(module, (torch.nn.Linear, Conv1D))
+    }
+    form = LoraConfig(
+        r=4,
+        lora_alpha=16,
+        target_modules=sorted(linear),
+        task_type="SEQ_CLS",
+        init_lora_weights=False,
+        fan_in_fan_out="gpt2" in model,
+    )
+    path = Path(folder) / "reward_adapter"
+    get_peft_model(plain, form).save_pretrained(path)
+    (path / "score_normalisation.json").write_text('{"score_mean": 3.0, "score_std": 2.0}')
+    load_tokenizer(model).save_pretrained(path)
+    return str(path)
+
+
 def strict_z3_file(folder: Path) -> str:
     """ZeRO-3 with every default that would hide it on a tiny model switched off."""
     path = Path(folder) / "strict_z3.json"

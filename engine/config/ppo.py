@@ -1,7 +1,7 @@
 """The settings of a PPO run."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -88,6 +88,10 @@ class PPOConfig:
             actor's with a fresh head.
         ref: the actor's starting point unless its own model is named; where the actor trains an adapter, that is the
             actor itself with the adapter switched off, and no second model is built.
+        shared_trunk: one model in memory in place of four: actor and critic are one adapter (`actor.lora`) with two
+            heads, trained together; the ref is the model without it; the reward model, where there is one, is another
+            adapter of the same model, as reward-model training exports it with `lora.export: adapter`.
+        value_coef: of the value loss, beside the policy's. A critic of its own feels it in gradient clipping alone.
         zero_stage: of every role that does not name its own; `ds_config` is a DeepSpeed JSON file in its place.
         dtype: `auto` is bfloat16 on a GPU and float32 on a CPU.
         rollout_batch_size: responses per iteration, all GPUs.
@@ -126,6 +130,7 @@ class PPOConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     pretraining: PretrainingConfig | None = None
+    shared_trunk: bool = False
 
     output_dir: str
     seed: int = 0
@@ -158,6 +163,7 @@ class PPOConfig:
     entropy_coef: float = 0.0
     importance_cap: float | None = None
     clip_range: float = 0.2
+    value_coef: float = 1.0
     value_clip_range: float = 0.2
     value_label: Literal["gae", "monte_carlo", "temporal_difference"] = "gae"
 
@@ -180,7 +186,15 @@ class PPOConfig:
             at_least(name, getattr(self, name), 1)
         if self.num_iterations is not None:
             at_least("num_iterations", self.num_iterations, 1)
-        for name in ("kl_coef", "clip_range", "value_clip_range", "kl_target", "penalty_coef", "entropy_coef"):
+        for name in (
+            "kl_coef",
+            "clip_range",
+            "value_clip_range",
+            "kl_target",
+            "penalty_coef",
+            "entropy_coef",
+            "value_coef",
+        ):
             at_least(name, getattr(self, name), 0)
         if self.importance_cap is not None:
             at_least("importance_cap", self.importance_cap, 1)
@@ -225,10 +239,30 @@ class PPOConfig:
             )
         for role in ("actor", "critic"):
             check_trainable(role, getattr(self, role), getattr(self, role))
+        if self.shared_trunk:
+            self._check_trunk()
         if self.ref_is_the_actor:
             check_ref_is_own(self.ref, "actor")
         for role in ("actor", "critic", "ref", "reward"):
             self.ds_config_of(role)
+
+    def _check_trunk(self) -> None:
+        """Refuse what one model for all roles cannot be, or would not look at."""
+        if not self.actor.has_adapter:
+            raise ValueError("shared_trunk trains an adapter of the model that all roles share: set --actor.lora.r 8.")
+        if self.ref.model_name_or_path is not None:
+            raise ValueError("shared_trunk: the ref is the actor's model; leave ref.model_name_or_path out.")
+        if replace(self.critic, learning_rate=CriticConfig.learning_rate) != CriticConfig():
+            raise ValueError(
+                "shared_trunk: the critic is a head on the actor, with critic.learning_rate and nothing else of its "
+                "own; leave the other settings of critic out."
+            )
+        for name in ("zero_stage", "ds_config", "quantization"):
+            if getattr(self.reward, name) is not None:
+                raise ValueError(
+                    f"shared_trunk: the reward model is an adapter of the actor's model, so reward.{name} "
+                    f"does nothing: leave it out."
+                )
 
     def check_world_size(self, world_size: int) -> None:
         """Refuse sizes that this many ranks cannot share out evenly.

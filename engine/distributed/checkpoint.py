@@ -1,5 +1,6 @@
 """What leaves the shards for the disk: a plain Hugging Face folder that one process can load, or a PEFT one."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,22 +10,17 @@ from typing import Literal
 from deepspeed import DeepSpeedEngine
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.distributed import comm
 from engine.distributed.gather import gathered
 from engine.distributed.moving_average import MovingAverage
+from engine.models.adapter_folder import NORMALISATION, WEIGHTS, adapter_config, name_in_file
 from engine.models.loading import exported_config
-from engine.models.lora import (
-    adapted_layers,
-    adapter_config,
-    adapter_weights_of,
-    is_adapter,
-    merged_weight,
-    name_in_adapter_file,
-    name_without_adapter,
-)
+from engine.models.lora import adapted_layers, adapter_weights_of, is_adapter, merged_weight, name_without_adapter
 from engine.models.quantization import unpacked
+from engine.models.scalar_head import ScalarHeadModel, scoring_pad_token_id
+from engine.models.shared_trunk import critic_of
 
 
 def export_huggingface(
@@ -54,22 +50,51 @@ def export_huggingface(
     with comm.same_error_everywhere():
         if comm.is_main():
             with _complete_or_absent(folder) as half_done:
-                (_write_adapter if form == "adapter" else _write_model)(model, weights, half_done)
+                if form == "adapter":
+                    _write_adapter(engine.module, weights, half_done)
+                else:
+                    _write_model(model, exported_config(model), weights, half_done)
                 tokenizer.save_pretrained(half_done)
 
 
-def _write_model(model: PreTrainedModel, weights: dict[str, Tensor], folder: Path) -> None:
+def export_critic_of_trunk(engine: DeepSpeedEngine, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a shared trunk's critic to `folder` as `export_huggingface` writes a critic of its own: a sequence
+    classifier with one label, the adapter merged in. A collective.
+
+    Raises:
+        ValueError: on every rank, when a weight is not finite.
+    """
+    trunk = engine.module
+    with comm.same_error_everywhere():
+        weights = _whole_weights(trunk.model, None)
+        with gathered([trunk.value_head.weight]):
+            head = trunk.value_head.weight.detach().cpu().clone()
+        _check_finite({"value_head.weight": head})
+    with comm.same_error_everywhere():
+        if comm.is_main():
+            critic = critic_of(trunk.model, pad_token_id=scoring_pad_token_id(tokenizer))
+            weights["score.weight"] = head
+            weights = {name: weights[name] for name in critic.state_dict().keys() - set(critic.all_tied_weights_keys)}
+            with _complete_or_absent(folder) as half_done:
+                _write_model(critic, critic.config, weights, half_done)
+                tokenizer.save_pretrained(half_done)
+
+
+def _write_model(model: PreTrainedModel, config: PreTrainedConfig, weights: dict[str, Tensor], folder: Path) -> None:
     live_config, quantizer = model.config, getattr(model, "hf_quantizer", None)
-    model.config, model.hf_quantizer = exported_config(model), None  # the weights are unpacked
+    model.config, model.hf_quantizer = config, None  # the weights are unpacked
     try:
         model.save_pretrained(folder, state_dict=weights)
     finally:
         model.config, model.hf_quantizer = live_config, quantizer
 
 
-def _write_adapter(model: PreTrainedModel, weights: dict[str, Tensor], folder: Path) -> None:
-    adapter_config(model).save_pretrained(folder)
-    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+def _write_adapter(module: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
+    adapter_config(module.model).save_pretrained(folder)
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    if isinstance(module, ScalarHeadModel):
+        kept = {"score_mean": module.score_mean, "score_std": module.score_std}
+        (folder / NORMALISATION).write_text(json.dumps(kept) + "\n")
 
 
 @contextmanager
@@ -117,7 +142,7 @@ def _adapter_weights(model: PreTrainedModel, average: MovingAverage | None) -> d
             continue
         with _whole([parameter], average):
             if comm.is_main():
-                whole[name_in_adapter_file(name)] = parameter.detach().cpu().clone()
+                whole[name_in_file(name)] = parameter.detach().cpu().clone()
     _check_finite(whole)
     return whole
 

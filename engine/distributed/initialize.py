@@ -8,7 +8,8 @@ import gc
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 from engine.distributed.comm import device
 from engine.distributed.zero_config import frozen_config, training_config
 from engine.models.loading import restore_rope
-from engine.models.lora import adapter_off, is_adapter
+from engine.models.lora import REWARD_ADAPTER, adapter_off, adapter_on, is_adapter
 
 Engine = DeepSpeedEngine  # what the upper layers hold; they do not import deepspeed
 
@@ -81,18 +82,22 @@ def trained_engine(
     return engine
 
 
-class WithoutAdapter:
-    """A trained engine with its adapter switched off, in the place of a frozen one: the model that training began with.
+class Switched:
+    """A trained engine with its adapter changed over, in the place of a frozen one, at no cost in memory.
 
-    A ref that costs no memory. It is asked in eval mode and without gradients, and leaves the engine as it was.
+    It is asked in eval mode and without gradients, and leaves the engine as it was.
     """
 
-    def __init__(self, engine: DeepSpeedEngine):
-        self.engine = engine
+    def __init__(self, engine: DeepSpeedEngine, switch: Callable[[nn.Module], AbstractContextManager]):
+        """
+        Args:
+            switch: another adapter, or none, for the length of a block.
+        """
+        self.engine, self.switch = engine, switch
 
     @property
     def module(self) -> nn.Module:
-        """The wrapper module, with the adapter on."""
+        """The wrapper module, with the adapter that is trained."""
         return self.engine.module
 
     def eval(self) -> None:
@@ -104,10 +109,24 @@ class WithoutAdapter:
         was_training = self.module.training
         self.module.eval()
         try:
-            with adapter_off(self.module):
+            with self.switch(self.module):
                 return self.engine(*args, **kwargs)
         finally:
             self.module.train(was_training)
+
+
+class WithoutAdapter(Switched):
+    """The model that training began with."""
+
+    def __init__(self, engine: DeepSpeedEngine):
+        super().__init__(engine, adapter_off)
+
+
+class WithRewardAdapter(Switched):
+    """The reward model of a shared trunk, which answers with scores where it is asked for no targets."""
+
+    def __init__(self, engine: DeepSpeedEngine):
+        super().__init__(engine, partial(adapter_on, name=REWARD_ADAPTER))
 
 
 def frozen_engine(build_model: Callable[[], nn.Module], *, ds_config: Path, dtype: str) -> DeepSpeedEngine:

@@ -20,6 +20,7 @@ class TokenLogprobs(NamedTuple):
     logprobs: Tensor  # (N,) fp32
     hidden: Tensor  # (N, H) the states that predict the tokens
     entropy: Tensor | None  # (N,) fp32, of the whole distributions; with gradients only where asked for
+    values: Tensor | None = None  # (N,) fp32, of a shared trunk with a value head: V before the tokens
 
 
 class LanguageModel(nn.Module):
@@ -28,6 +29,8 @@ class LanguageModel(nn.Module):
     Sequences lie at the left of their row and padding at the right: a causal model's real tokens then never see the
     padding, so no attention mask is needed and the fast attention kernels apply.
     """
+
+    has_value_head = False
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()

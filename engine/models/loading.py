@@ -20,18 +20,21 @@ from engine.models.quantization import quantization_config, settle_quantised
 from engine.models.random_init import local_name
 
 
-def load_tokenizer(model_name_or_path: str, *, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    model_name_or_path: str, *, chat_template: str | None = None, is_adapter: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, padding with its end-of-sequence token when it has no pad token of its own.
 
     Masks are made from lengths, so which token pads never matters.
 
     Args:
+        is_adapter: it is a folder with an adapter, and not a model.
         chat_template: a file with a Jinja template that takes the place of the tokenizer's own, also when exported.
 
     Raises:
         ValueError: there is no such model or template, or the tokenizer has no end-of-sequence token.
     """
-    folder = _found(model_name_or_path)
+    folder = model_name_or_path if is_adapter else _found(model_name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:

@@ -5,7 +5,6 @@ https://arxiv.org/abs/2305.14314. The layers are PEFT's, put into the model in p
 with the same `base_model`, head and config, so that nothing else in the engine has to know.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -19,7 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from engine.models.quantization import keeps_transposed, unpacked
 from engine.models.scalar_head import ScalarHeadModel
 
-ADAPTER = "default"  # PEFT's name for a model's only adapter
+ADAPTER = "default"  # PEFT's name for a model's only adapter, and here for the one that is trained
+REWARD_ADAPTER = "reward"  # a shared trunk's second one, frozen
 LINEAR = (nn.Linear, Conv1D)
 
 
@@ -90,6 +90,19 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
+@contextmanager
+def adapter_on(model: nn.Module, name: str) -> Iterator[None]:
+    """The model with another adapter in the place of the trained one, frozen, for the length of the block."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.set_adapter(name, inference_mode=True)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.set_adapter(ADAPTER)
+
+
 def adapted_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """The adapted layers by the names of the parameters that they adapt, as in `model.named_parameters()`."""
     return {
@@ -115,18 +128,3 @@ def merged_weight(layer: LoraLayer, *, dtype: torch.dtype) -> Tensor:
     a, b = (weight.float() for weight in adapter_weights_of(layer))
     change = layer.scaling[ADAPTER] * (b @ a)
     return (whole.float() + (change.T if keeps_transposed(base) else change)).to(dtype)
-
-
-def adapter_config(model: PreTrainedModel) -> LoraConfig:
-    """What goes into an exported adapter_config.json; it says so where a scalar head lies beside the adapter."""
-    config = copy.deepcopy(model.peft_config[ADAPTER])
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad and not is_adapter(name)]
-    config.modules_to_save = sorted({name.rsplit(".", 1)[0] for name in trained}) or None
-    config.task_type = "SEQ_CLS" if config.modules_to_save else "CAUSAL_LM"
-    config.base_model_name_or_path, config.inference_mode = model.name_or_path, True
-    return config
-
-
-def name_in_adapter_file(parameter_name: str) -> str:
-    """What PEFT calls a parameter in adapter_model.safetensors: there its wrapper is part of the name."""
-    return f"base_model.model.{parameter_name.replace(f'.{ADAPTER}.', '.')}"

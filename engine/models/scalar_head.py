@@ -42,10 +42,13 @@ class ScalarHeadModel(nn.Module):
             positions: (N,) indices into the B * S states.
             position_ids: (1, S) where rows are packed into one; see `hidden_states`.
         """
-        hidden = hidden_states(self.model, input_ids, position_ids)[positions].float()
-        head = self.model.score  # its product is taken in fp32: in bf16 scores round to steps of 1/16 at 8
-        scores = F.linear(hidden, head.weight.float(), None if head.bias is None else head.bias.float()).squeeze(-1)
-        return (scores - self.score_mean) / self.score_std
+        hidden = hidden_states(self.model, input_ids, position_ids)[positions]
+        return (scalar_product(hidden, self.model.score) - self.score_mean) / self.score_std
+
+
+def scalar_product(hidden: Tensor, head: nn.Linear) -> Tensor:
+    """(N, H) states -> (N,) fp32. Taken in fp32: in bf16 scores round to steps of 1/16 at 8."""
+    return F.linear(hidden.float(), head.weight.float(), None if head.bias is None else head.bias.float()).squeeze(-1)
 
 
 def load_critic(model_name_or_path: str, *, seed: int, **given) -> ScalarHeadModel:

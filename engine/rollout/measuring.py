@@ -14,7 +14,7 @@ from engine.algorithms.logprobs import chunked_full_kl
 from engine.data.sequences import Sequences
 from engine.distributed import comm
 from engine.distributed.gather import gathered
-from engine.distributed.initialize import Engine, WithoutAdapter
+from engine.distributed.initialize import Engine, Switched
 from engine.distributed.micro_batches import my_micro_batches, one_number_per_row
 
 
@@ -41,7 +41,7 @@ def measure(
     behaviour_logprobs: Tensor | None,
     *,
     actor: Engine,
-    ref: Engine | WithoutAdapter,
+    ref: Engine | Switched,
     critic: Engine | None,
     kl_estimator: str,
     temperature: float,
@@ -51,12 +51,14 @@ def measure(
     """Log-probs, KL and values of all responses. A collective.
 
     Args:
+        critic: None where advantages need no values, or where the actor has a value head.
         behaviour_logprobs: (N,) what the tokens were drawn with; from the rollout, handed through. The actor's own
             where nobody knows.
     """
     for engine in filter(None, (actor, ref, critic)):
         engine.eval()
-    names = ("logprobs", "ref_logprobs", "kl", "entropy", *(() if critic is None else ("values",)))
+    has_values = critic is not None or actor.module.has_value_head
+    names = ("logprobs", "ref_logprobs", "kl", "entropy", *(("values",) if has_values else ()))
     mine = {name: torch.zeros(sequences.num_response_tokens, device=comm.device()) for name in names}
     given = dict(temperature=temperature, chunk_tokens=chunk_tokens)
     for batch in my_micro_batches(sequences, token_budget=token_budget):
@@ -72,15 +74,15 @@ def measure(
             mine["kl"][at] = _full_kl(actor, ref, ours.hidden, theirs.hidden, given)
         else:
             mine["kl"][at] = sampled_kl(ours.logprobs, theirs.logprobs, estimator=kl_estimator)
-        if critic is not None:
-            mine["values"][at] = critic(batch.input_ids, batch.positions)
+        if has_values:
+            mine["values"][at] = ours.values if critic is None else critic(batch.input_ids, batch.positions)
     together = comm.sum_over_ranks(torch.stack([mine[name] for name in names])).cpu()
     found = dict(zip(names, together, strict=True))
     drawn_with = found["logprobs"] if behaviour_logprobs is None else behaviour_logprobs
     return Measurements(**{"behaviour_logprobs": drawn_with, "values": None} | found)
 
 
-def reward_model_scores(sequences: Sequences, reward: Engine, *, token_budget: int) -> Tensor:
+def reward_model_scores(sequences: Sequences, reward: Engine | Switched, *, token_budget: int) -> Tensor:
     """(B,) fp32 on the CPU: the reward model's number at the last real token of each row. A collective."""
     reward.eval()
     return one_number_per_row(
@@ -103,7 +105,7 @@ def sequences_of_all_ranks(mine: Sequences) -> Sequences:
     return Sequences(tokens=tokens, prompt_lengths=prompt_lengths, response_lengths=response_lengths)
 
 
-def _full_kl(actor: Engine, ref: Engine | WithoutAdapter, hidden: Tensor, ref_hidden: Tensor, given: dict) -> Tensor:
+def _full_kl(actor: Engine, ref: Engine | Switched, hidden: Tensor, ref_hidden: Tensor, given: dict) -> Tensor:
     head, ref_head = actor.module.head, ref.module.head
     with gathered([*head.parameters(), *ref_head.parameters()]):
         return chunked_full_kl(hidden, head.weight, head.bias, ref_hidden, ref_head.weight, ref_head.bias, **given)

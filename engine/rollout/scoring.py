@@ -10,7 +10,7 @@ from engine.config import PPOConfig
 from engine.data import PromptBatch
 from engine.data.sequences import Sequences
 from engine.distributed import comm
-from engine.distributed.initialize import Engine
+from engine.distributed.initialize import Engine, Switched
 from engine.rollout.measuring import reward_model_scores, sequences_of_all_ranks
 from engine.rollout.reward_text import sequences_for_another_tokenizer
 from engine.rollout.score_functions import load_score_function, scores_of_function, scores_one_by_one
@@ -31,7 +31,7 @@ class Scoring:
         self,
         config: PPOConfig,
         *,
-        reward: Engine | None,
+        reward: Engine | Switched | None,
         tokenizer: PreTrainedTokenizerBase,
         reward_tokenizer: PreTrainedTokenizerBase | None,
         eos_token_ids: list[int],

@@ -14,7 +14,7 @@ from engine.algorithms.losses import (
 from engine.config import PPOConfig
 from engine.data.sequences import MicroBatch
 from engine.distributed.gather import gathered
-from engine.distributed.initialize import Engine, WithoutAdapter
+from engine.distributed.initialize import Engine, Switched
 from engine.models.language_model import TokenLogprobs
 from engine.rollout.experience import Experience
 
@@ -29,7 +29,7 @@ class PolicyObjective:
         *,
         kl_coef: float,
         penalty_coef: float,
-        ref: Engine | WithoutAdapter,
+        ref: Engine | Switched,
     ):
         """
         Args:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 
 import torch
+from torch import Tensor
 
 from engine.algorithms.losses import clipped_value_loss
 from engine.config import PPOConfig
@@ -48,6 +49,8 @@ class PPOUpdate:
             self._backward_critic(experience, step)
         trained = {role: engine for role in ("actor", "critic") if (engine := getattr(self, role)) is not None}
         rates = {f"lr/{role}": engine.get_lr()[0] for role, engine in trained.items()}  # the step moves them on
+        if self.actor.module.has_value_head:
+            rates["lr/critic"] = self.actor.get_lr()[1]  # of the head; the adapter's comes first
         norms = step_together(list(trained.values()), healthy=step.losses_are_finite)
         if norms is None:
             return None
@@ -58,7 +61,11 @@ class PPOUpdate:
     @property
     def left_out(self) -> tuple[str, ...]:
         """Metrics that this run does not have."""
-        return (*(OF_CRITIC if self.critic is None else ()), *(OF_PRETRAINING if self.pretraining is None else ()))
+        if self.critic is not None:
+            of_critic = ()
+        else:  # a value head's gradient is part of its trunk's
+            of_critic = ("grad_norm/critic",) if self.actor.module.has_value_head else OF_CRITIC
+        return (*of_critic, *(OF_PRETRAINING if self.pretraining is None else ()))
 
     def _micro_batches(self, experience: Experience) -> Iterator[MicroBatch]:
         return my_micro_batches(experience.sequences, token_budget=self.config.micro_batch_tokens)
@@ -82,6 +89,8 @@ class PPOUpdate:
             loss = objective.loss(self.actor, new, batch)
             logprobs, advantages = experience.of(batch, "logprobs"), experience.of(batch, "advantages")
             step.add_policy(loss, new.logprobs, logprobs, advantages, torch.ones_like(logprobs, dtype=torch.bool))
+            if new.values is not None:  # two heads, one backward pass
+                loss = loss + self.config.value_coef * self._value_loss(new.values, experience, batch, step)
             accumulate(self.actor, loss, last=last)
 
     def _backward_pretraining(self, step: StepStatistics) -> None:
@@ -100,9 +109,14 @@ class PPOUpdate:
         for batch, last in marking_last(
             my_micro_batches(experience.sequences, token_budget=self.config.micro_batch_tokens)
         ):
-            new_values = self.critic(batch.input_ids, batch.positions)
-            values, returns = experience.of(batch, "values"), experience.of(batch, "returns")
-            given = (new_values, values, returns, torch.ones_like(values, dtype=torch.bool))
-            loss = clipped_value_loss(*given, value_clip_range=self.config.value_clip_range, count=step.count)
-            step.add_value(loss, *given)
-            accumulate(self.critic, loss, last=last)
+            loss = self._value_loss(self.critic(batch.input_ids, batch.positions), experience, batch, step)
+            accumulate(self.critic, self.config.value_coef * loss, last=last)
+
+    def _value_loss(
+        self, new_values: Tensor, experience: Experience, batch: MicroBatch, step: StepStatistics
+    ) -> Tensor:
+        values, returns = experience.of(batch, "values"), experience.of(batch, "returns")
+        given = (new_values, values, returns, torch.ones_like(values, dtype=torch.bool))
+        loss = clipped_value_loss(*given, value_clip_range=self.config.value_clip_range, count=step.count)
+        step.add_value(loss, *given)
+        return loss
