@@ -40,6 +40,9 @@ def main() -> None:
         num_total_iters=num_iterations,
         args=config,
     )
+    if comm.is_main():
+        sizes = ", ".join(f"{role} {size / 2**20:.1f}" for role, size in rlhf_engine.parameter_bytes().items())
+        print(f"Weights in memory, MiB: {sizes}", flush=True)
     trainer = DeepSpeedPPOTrainer(rlhf_engine, config, pretraining)
     with comm.same_error_everywhere():
         tracker = Tracker(config, num_iterations=num_iterations, is_main=comm.is_main())

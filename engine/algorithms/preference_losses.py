@@ -95,6 +95,28 @@ def ipo_loss(
     return (difference - 1 / (2 * beta)).square().sum() / count
 
 
+def chosen_nll_loss(chosen: Tensor, lengths: Tensor, *, count: int) -> Tensor:
+    """Keeps the chosen responses likely beside a loss of differences, which both responses of a pair may lower.
+
+        -sum chosen / lengths, divided by count
+
+    Pang et al. 2024, https://arxiv.org/abs/2404.19733, eq. 1.
+
+    Args:
+        chosen: (P,) log-probabilities of whole responses, nats.
+        lengths: (P,) their tokens; a response without any counts as 0.
+        count: pairs of the whole minibatch, over all micro-batches and ranks, > 0.
+
+    Returns:
+        scalar, nats per token.
+
+    Raises:
+        ValueError: shapes differ, or count <= 0.
+    """
+    _check(count, chosen=chosen, lengths=lengths)
+    return -(chosen / lengths.clamp(min=1)).sum() / count
+
+
 def _check(count: int, **tensors: Tensor) -> None:
     if count <= 0:
         raise ValueError(f"count={count} must be > 0: the pairs of the whole minibatch, all ranks together.")

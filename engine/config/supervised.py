@@ -134,6 +134,8 @@ class DPOConfig(SupervisedConfig):
         loss: `dpo`, or `ipo` (Azar et al. 2023).
         beta: how strongly the model is held to the ref.
         label_smoothing: the share of pairs taken to be labelled the wrong way round (conservative DPO); for `dpo`.
+        sft_coef: of the chosen responses' negative log-likelihood per token, which is added (Pang et al. 2024); it
+            keeps them from losing probability together with the rejected ones.
         ref_logprobs: `online` keeps the ref in memory; `precomputed` asks it once, keeps the answers in a cache and
             frees it.
     """
@@ -145,6 +147,7 @@ class DPOConfig(SupervisedConfig):
     loss: Literal["dpo", "ipo"] = "dpo"
     beta: float = 0.1
     label_smoothing: float = 0.0
+    sft_coef: float = 0.0
     ref_logprobs: Literal["online", "precomputed"] = "online"
 
     def __post_init__(self):
@@ -153,6 +156,7 @@ class DPOConfig(SupervisedConfig):
         check_trainable("model", self.model, self)
         if not self.beta > 0:
             raise ValueError(f"beta={self.beta} must be above 0.")
+        at_least("sft_coef", self.sft_coef, 0)
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing={self.label_smoothing} must be at least 0 and below 0.5.")
         if self.label_smoothing > 0 and self.loss != "dpo":

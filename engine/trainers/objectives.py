@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from engine.algorithms.preference_losses import bradley_terry_loss, dpo_loss, ipo_loss
+from engine.algorithms.preference_losses import bradley_terry_loss, chosen_nll_loss, dpo_loss, ipo_loss
 from engine.data import Examples
 from engine.data.sequences import MicroBatch
 from engine.distributed.initialize import Engine, WithoutAdapter
@@ -99,7 +99,7 @@ class BradleyTerry:
 
 
 class DirectPreference:
-    """DPO, its conservative form, and IPO; see `dpo_loss` and `ipo_loss`.
+    """DPO, its conservative form, and IPO; see `dpo_loss`, `ipo_loss` and `chosen_nll_loss`.
 
     The ref's log-probabilities come with the examples, or are asked of the ref for every minibatch.
     """
@@ -111,14 +111,16 @@ class DirectPreference:
         loss: Literal["dpo", "ipo"],
         beta: float,
         label_smoothing: float,
+        sft_coef: float,
         chunk_tokens: int,
     ):
         """
         Args:
+            sft_coef: of `chosen_nll_loss`, which is added.
             ref_logprobs: (B,) of whole responses under the ref; a collective, called for examples without them.
         """
         self.ref_logprobs, self.kind, self.chunk_tokens = ref_logprobs, loss, chunk_tokens
-        self.beta, self.label_smoothing = beta, label_smoothing
+        self.beta, self.label_smoothing, self.sft_coef = beta, label_smoothing, sft_coef
 
     def prepared(self, examples: Examples) -> Examples:
         if examples.ref_logprobs is not None:
@@ -133,11 +135,16 @@ class DirectPreference:
         chosen, rejected = numbers.view(-1, 2).unbind(1)
         ref_chosen, ref_rejected = examples.ref_logprobs[rows].to(numbers.device).view(-1, 2).unbind(1)
         given = (chosen, rejected, ref_chosen, ref_rejected)
+        count = len(examples)
         if self.kind == "ipo":
-            return ipo_loss(*given, beta=self.beta, count=len(examples))
-        margins = examples.margins[rows[::2] // 2].to(numbers.device)
-        smoothing = dict(label_smoothing=self.label_smoothing)
-        return dpo_loss(*given, margins, beta=self.beta, **smoothing, count=len(examples))
+            loss = ipo_loss(*given, beta=self.beta, count=count)
+        else:
+            margins = examples.margins[rows[::2] // 2].to(numbers.device)
+            loss = dpo_loss(*given, margins, beta=self.beta, label_smoothing=self.label_smoothing, count=count)
+        if self.sft_coef == 0:
+            return loss
+        lengths = examples.sequences.response_lengths[rows[::2]].to(numbers.device)
+        return loss + self.sft_coef * chosen_nll_loss(chosen, lengths, count=count)
 
     def metrics(self, numbers: Tensor, examples: Examples) -> dict[str, float]:
         chosen, rejected = (self.beta * (numbers - examples.ref_logprobs)).view(-1, 2).unbind(1)

@@ -80,7 +80,7 @@ def dpo_stage(config: DPOConfig) -> Stage:
     model = _language_model(config, tokenizer, train)
     if config.ref_is_the_model:
         ask = online(WithoutAdapter(model), config)
-    given = dict(loss=config.loss, beta=config.beta, label_smoothing=config.label_smoothing)
+    given = dict(loss=config.loss, beta=config.beta, label_smoothing=config.label_smoothing, sft_coef=config.sft_coef)
     objective = DirectPreference(ask, **given, chunk_tokens=config.logits_chunk_tokens)
     return _stage(config, model, objective, tokenizer, train, held_out)
 

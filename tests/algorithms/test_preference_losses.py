@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.algorithms.preference_losses import bradley_terry_loss, dpo_loss, ipo_loss
+from engine.algorithms.preference_losses import bradley_terry_loss, chosen_nll_loss, dpo_loss, ipo_loss
 
 LN2 = math.log(2)
 
@@ -145,6 +145,15 @@ def test_ipo_is_finite_far_out():
     assert chosen.grad.tolist() == pytest.approx([1e4 - 1, -1e4 - 1])
 
 
+# Likelihood of the chosen
+
+
+def test_the_chosen_weigh_the_same_whatever_their_length():
+    lengths = torch.tensor([4, 2])
+    assert chosen_nll_loss(numbers(-8.0, -6.0), lengths, count=2).item() == pytest.approx((8 / 4 + 6 / 2) / 2)
+    assert chosen_nll_loss(numbers(0.0), torch.tensor([0]), count=1).item() == 0.0, "a response without tokens"
+
+
 # Laws
 
 FINITE = st.floats(-30, 30, width=32)
@@ -191,6 +200,7 @@ def test_a_count_that_is_not_positive_is_refused(count):
         lambda: bradley_terry_loss(TWO, TWO, TWO, count=count),
         lambda: dpo_loss(TWO, TWO, TWO, TWO, TWO, beta=0.1, label_smoothing=0.0, count=count),
         lambda: ipo_loss(TWO, TWO, TWO, TWO, beta=0.1, count=count),
+        lambda: chosen_nll_loss(TWO, TWO, count=count),
     ):
         with pytest.raises(ValueError, match=f"count={count} must be > 0"):
             call()

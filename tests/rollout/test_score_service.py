@@ -1,9 +1,12 @@
 """score_service.py against real servers on loopback: good ones, slow ones, broken ones, and none at all."""
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from ranks import free_port
@@ -101,3 +104,19 @@ def test_each_wait_is_twice_the_last(monkeypatch, served):
     with pytest.raises(ValueError, match="5 times"):
         asked(f"http://127.0.0.1:{free_port()}/scores", retries=4)
     assert waits == pytest.approx([0.01, 0.02, 0.04, 0.08])
+
+
+def test_the_server_that_is_shipped_answers_with_what_a_function_says():
+    """launch/serve_scores.py as its own process: right scores, and a failing function's words."""
+    script = Path(__file__).parents[2] / "launch" / "serve_scores.py"
+    command = [sys.executable, str(script), "engine.scores:final_number", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        try:
+            url = server.stdout.readline().split(" on ")[1].strip()
+            given = dict(timeout_s=10.0, retries=0)
+            scores = scores_of_service(url, ["p", "q"], ["it is 1,000", "2"], {"answer": ["#### 1000", "3"]}, **given)
+            assert scores.tolist() == [1.0, 0.0]
+            with pytest.raises(ValueError, match=r"answered 500.*do not fit its arguments"):
+                scores_of_service(url, ["p"], ["1"], {"other": ["1"]}, **given)
+        finally:
+            server.terminate()

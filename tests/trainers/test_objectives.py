@@ -23,7 +23,9 @@ def examples(lengths: list[int], *, rows_per_example: int = 2, margins=None, ref
 
 
 def direct_preference(ask=None, **changes) -> DirectPreference:
-    return DirectPreference(ask, **dict(loss="dpo", beta=0.1, label_smoothing=0.0, chunk_tokens=8) | changes)
+    return DirectPreference(
+        ask, **dict(loss="dpo", beta=0.1, label_smoothing=0.0, sft_coef=0.0, chunk_tokens=8) | changes
+    )
 
 
 def softplus(x: float) -> float:
@@ -113,6 +115,8 @@ def test_what_dpo_reports_by_hand():
         (dict(label_smoothing=0.2), (0.8 * softplus(-0.3) + 0.2 * softplus(0.3) + math.log(2)) / 2),
         (dict(beta=0.5), (softplus(-1.5) + math.log(2)) / 2),
         (dict(loss="ipo"), ((3 - 5) ** 2 + (0 - 5) ** 2) / 2),
+        (dict(sft_coef=0.3), (0.554355 + math.log(2)) / 2 + 0.3 * (8 / 1 + 3 / 3) / 2),  # chosen: of 1 and of 3 tokens
+        (dict(loss="ipo", sft_coef=0.3), ((3 - 5) ** 2 + (0 - 5) ** 2) / 2 + 0.3 * (8 / 1 + 3 / 3) / 2),
     ],
 )
 def test_the_settings_reach_the_loss(changes, wanted):
@@ -146,12 +150,13 @@ def test_parts_of_demonstrations_add_up():
     assert split_losses(NextToken(chunk_tokens=8), numbers, given, [[2, 0], [1]]) == pytest.approx(12 / 7)
 
 
-@pytest.mark.parametrize("kind", ["reward", "dpo", "ipo"])
+@pytest.mark.parametrize("kind", ["reward", "dpo", "ipo", "dpo and sft"])
 def test_parts_of_pairs_add_up_each_with_its_own_margin_and_ref(kind):
     """Pair 2 before pair 0: whoever takes the first margins for the part's own is found out."""
     numbers = torch.tensor([1.0, 0.5, 2.0, 2.0, -1.0, 3.0])
-    given = examples([1] * 6, margins=[0.0, 0.5, 1.0], ref=[0.0, 1.0, 2.0, -3.0, 4.0, 9.0])
-    objective = BradleyTerry() if kind == "reward" else direct_preference(loss=kind)
+    given = examples([1, 2, 3, 4, 5, 6], margins=[0.0, 0.5, 1.0], ref=[0.0, 1.0, 2.0, -3.0, 4.0, 9.0])
+    changes = dict(sft_coef=0.5) if kind == "dpo and sft" else dict(loss=kind)
+    objective = BradleyTerry() if kind == "reward" else direct_preference(**changes)
     got = split_losses(objective, numbers, given, [[4, 5, 0, 1], [2, 3]])
     assert got == pytest.approx(objective.metrics(numbers, given)["loss"], rel=1e-6)
     if kind == "reward":
@@ -169,6 +174,7 @@ def test_a_part_without_rows_is_a_loss_of_zero_with_a_gradient():
         (BradleyTerry(), examples([1, 1])),
         (direct_preference(), examples([1, 1], ref=[0.0, 0.0])),
         (direct_preference(loss="ipo"), examples([1, 1], ref=[0.0, 0.0])),
+        (direct_preference(sft_coef=1.0), examples([1, 1], ref=[0.0, 0.0])),
     ]
     for objective, given in cases:
         numbers = torch.empty(0, requires_grad=True)
