@@ -24,6 +24,7 @@ fi
 cd "$root"
 source launch/install.sh
 install_engine
+installed=$SECONDS
 
 gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
 if ((gpus == 0)); then
@@ -76,4 +77,5 @@ PYTHON
 echo
 python launch/evaluate_world.py "$out/world/questions.jsonl" "after SFT=$out/sft/model" "after PPO=$out/ppo/actor"
 echo
-echo "quickstart: done in $((SECONDS / 60)) min $((SECONDS % 60)) s; everything lies in $out"
+took=$((SECONDS - installed))
+echo "quickstart: done in $((took / 60)) min $((took % 60)) s, installation aside; everything lies in $out"
