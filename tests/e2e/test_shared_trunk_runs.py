@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from peft import PeftModel
 from runs import Log, build, train, weights
 from test_laws import furthest
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -13,6 +14,7 @@ from engine.config import SteadyLoRAConfig
 from engine.data.sequences import Sequences
 from engine.distributed.checkpoint import export_critic_of_trunk, export_huggingface
 from engine.models.lora import is_adapter
+from engine.models.random_init import local_name
 from engine.trainers import ppo_update
 
 
@@ -149,6 +151,28 @@ def test_actor_and_critic_are_exported_as_two_plain_models(run_ranks, tmp_path, 
     said = critic.eval().score(critic.base_model(ids).last_hidden_state)[0, 2:6, 0]
     torch.testing.assert_close(said, values, rtol=0, atol=1e-5)
     assert values.abs().max() > 1e-3, "it was trained"
+
+
+ASKED = [[5, 6, 7], [9, 9]], [[8, 9, 10, 11], [12]]
+
+
+def scored(config):
+    """What the trunk's reward model says after the actor has been trained."""
+    trainer, prompts = build(config)
+    trainer.train(prompts, config.num_iterations, Log())
+    return trainer.rlhf_engine.reward_scores(*ASKED)
+
+
+@pytest.mark.parametrize("kind", [2, "strict"])
+@torch.no_grad()
+def test_scores_are_those_of_the_reward_model_that_was_exported(run_ranks, tmp_path, kind):
+    found = run_ranks(scored, shared(tmp_path, **tiny.sharding(kind, tmp_path)))[0]
+    plain = AutoModelForSequenceClassification.from_pretrained(local_name(tiny.LLAMA), num_labels=1)
+    theirs = PeftModel.from_pretrained(plain, tmp_path / "reward_adapter").eval().base_model.model
+    for score, prompt, response in zip(found, *ASKED, strict=True):
+        last = theirs.base_model(torch.tensor([prompt + response])).last_hidden_state[0, -1]
+        assert score == pytest.approx((theirs.score(last).item() - 3.0) / 2.0, abs=1e-5)
+    assert abs(found[0] - found[1]) > 1e-3
 
 
 def sizes(config):
