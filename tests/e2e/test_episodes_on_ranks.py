@@ -380,6 +380,21 @@ def test_a_dialogue_that_cannot_be_scored_is_left_out_of_training(run_ranks, con
     assert {line["score/failed"] for line in two} == {1} and furthest(two, one) < 1e-4
 
 
+def penalised(config):
+    trainer, prompts = with_many_ends(config)
+    experience = trainer.generate_experience(next(iter(prompts)))
+    sequences = experience.sequences
+    taken = experience.scores - experience.padded("rewards").sum(1)
+    return taken.tolist(), (sequences.lengths - sequences.prompt_lengths).tolist()
+
+
+def test_the_penalty_on_length_counts_the_tokens_of_the_limit(run_ranks, config):
+    """The user's too: an episode is cut off by all that follows the prompt."""
+    given = dict(reward__overlong_penalty=2.0, reward__overlong_tokens=LONGEST, kl_coef=0.0)
+    taken, lengths = run_ranks(penalised, config(**given))[0]
+    assert taken == pytest.approx([2 * length / LONGEST for length in lengths], abs=1e-5)
+
+
 def test_samples_show_whole_dialogues(plain):
     samples = plain[0]["samples"]
     assert len(samples) == 4 and plain[1]["samples"] == []
