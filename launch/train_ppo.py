@@ -14,6 +14,7 @@ from engine.distributed import comm
 from engine.distributed.checkpoint import export_critic_of_trunk, export_huggingface
 from engine.models.loading import load_tokenizer
 from engine.rlhf_engine import DeepSpeedRLHFEngine
+from engine.rollout.environments import load_environment
 from engine.rollout.score_functions import load_score_function
 from engine.tracking import Tracker
 from engine.trainers.ppo_trainer import DeepSpeedPPOTrainer
@@ -27,6 +28,8 @@ def main() -> None:
     with comm.same_error_everywhere():
         if config.reward.function is not None:
             load_score_function(config.reward.function)  # a wrong name is told before models are built
+        if config.rollout.environment is not None:
+            load_environment(config.rollout.environment)
         tokenizer = load_tokenizer(actor_name, chat_template=config.data.chat_template)
         prompts, num_iterations = create_datasets(args=config, tokenizer=tokenizer, train_phase=3)
         pretraining = create_pretraining_dataset(config, tokenizer)

@@ -32,6 +32,10 @@ class RolloutConfig:
         micro_batch_size: responses decoded at the same time on one GPU; all of the rank's when not given.
         weights: under ZeRO-3, `gathered` holds the whole actor on every rank during the rollout (fast), `sharded`
             gathers every layer for every token, all ranks in step (slow, fits anywhere).
+        environment: `module:class`, whose `reply(conversation)` answers the actor as the user, or ends the episode with
+            None; see `engine.rollout.episodes`. `max_response_tokens` is then of all that follows the prompt, and
+            `min_response_tokens` of each turn.
+        max_turns: of the actor's in an episode; as many as fit when not given.
     """
 
     max_response_tokens: int = 128
@@ -42,6 +46,8 @@ class RolloutConfig:
     samples_per_prompt: int = 1
     micro_batch_size: int | None = None
     weights: Literal["gathered", "sharded"] = "gathered"
+    environment: str | None = None
+    max_turns: int | None = None
 
     def __post_init__(self):
         at_least("rollout.max_response_tokens", self.max_response_tokens, 1)
@@ -49,6 +55,15 @@ class RolloutConfig:
         at_least("rollout.top_k", self.top_k, 0)
         if self.micro_batch_size is not None:
             at_least("rollout.micro_batch_size", self.micro_batch_size, 1)
+        if self.environment is not None and self.environment.count(":") != 1:
+            raise ValueError(f"rollout.environment={self.environment!r} is not of the form module:class.")
+        if self.max_turns is not None:
+            at_least("rollout.max_turns", self.max_turns, 1)
+            if self.environment is None:
+                raise ValueError(
+                    f"rollout.max_turns={self.max_turns} does nothing without an environment: set "
+                    f"--rollout.environment module:class, or leave it out."
+                )
         if not 0 <= self.min_response_tokens <= self.max_response_tokens:
             raise ValueError(
                 f"rollout.min_response_tokens={self.min_response_tokens} must lie between 0 and "

@@ -150,7 +150,9 @@ class RewardConfig(FrozenRoleConfig):
 
     Attributes:
         function: `module:function`, plain or async. Called with `prompts` and `responses` (lists of text) and one
-            keyword per column of the dataset (a list each); returns one number per response.
+            keyword per column of the dataset (a list each); returns one number per response. In a run with an
+            environment there is one more, `conversations`: of each episode all messages, those of the prompt too;
+            `responses` are then the actor's turns, joined by newlines.
         url: of a service that is sent the same as JSON; see `engine.rollout.score_service`.
         model_weight, function_weight, url_weight: of the sum.
         timeout_s: how long a call of the function, or one attempt at the service, may take.

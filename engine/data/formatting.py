@@ -1,5 +1,6 @@
 """Text of prompts and responses as the models see it. The one `render` that every stage uses."""
 
+from collections.abc import Collection
 from typing import Any, Literal
 
 from jinja2 import TemplateError
@@ -8,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 Messages = list[dict[str, str]]
 Prompt = str | Messages
 ASSISTANT_TURN = "\n\nAssistant:"
+MARK = "\ue000response\ue001"  # stands for a response in what a template writes; of private use: no template has it
 
 
 def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -51,6 +53,39 @@ def render_response(prompt: Prompt, response: str, tokenizer: PreTrainedTokenize
             f"when it holds one: ...{whole[max(0, len(before) - 40) :][:80]!r}. Name another with --data.chat_template."
         )
     return whole[len(before) :]
+
+
+def encode_reply(
+    conversation: Messages, reply: str, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Collection[int]
+) -> list[int]:
+    """Token ids that lead from a response to the next one: what the chat template writes after the response, the user's
+    reply, and what asks for an answer.
+
+    The conversation is written with a mark in the response's place, and only what follows the mark is encoded: the
+    tokens before, which the model wrote itself, stay as they are. The end-of-sequence token that ended the response
+    stands for the one that the template writes there.
+
+    Args:
+        conversation: ends with the response, which ended by itself.
+        eos_token_ids: those that end a response.
+
+    Raises:
+        ValueError: the template refuses the conversation, does not write the response, or writes nothing after it; or
+            the reply is not Unicode.
+    """
+    *before, _ = conversation
+    turns = [*before, {"role": "assistant", "content": MARK}, {"role": "user", "content": reply}]
+    _, mark, after = _templated(turns, tokenizer, add_generation_prompt=True).partition(MARK)
+    ids = _ids(after, tokenizer, add_special_tokens=False)
+    end = next((at for at, token in enumerate(ids) if token in eos_token_ids), None)
+    if end is not None and not tokenizer.decode(ids[:end]).strip():
+        ids = ids[end + 1 :]
+    if not mark or not ids:
+        raise ValueError(
+            "the chat template does not write the assistant's turns, or nothing after them: a conversation cannot go "
+            "on. Name another with --data.chat_template."
+        )
+    return ids
 
 
 def as_prompt(cell: Any, prompt_format: Literal["text", "chat"]) -> Prompt:
@@ -171,6 +206,11 @@ def encode_exchange(
         if not tokenizer.decode(response[last + 1 :]).strip():
             return prompt, response[: last + 1]
     return prompt, [*response, eos]
+
+
+def said_since(prompt: Messages, conversation: Messages) -> str:
+    """What the assistant says in a conversation after the prompt that it begins with: a line or more each turn."""
+    return "\n".join(turn["content"] for turn in conversation[len(prompt) :] if turn["role"] == "assistant")
 
 
 def is_conversation(value: Any) -> bool:

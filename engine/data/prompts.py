@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from engine.data.batches import GlobalBatches
 from engine.data.cache import digest_of, digest_of_tokenizer, kept_tensors
 from engine.data.exchanges import OverLength, check_end_can_go, shortened_prompt
-from engine.data.formatting import Prompt, as_prompt, encode, is_answered, render, unanswered
+from engine.data.formatting import Prompt, as_prompt, encode, encode_reply, is_answered, render, unanswered
 from engine.data.sources import PROMPT_COLUMNS, Source, at, load_source, mixed_rows, mixture
 
 
@@ -107,6 +107,21 @@ class PromptDataset(Dataset):
         """Of the prompts in use: what ranks compare."""
         return digest_of([self.tokens[row] for row in self.kept])
 
+    def check_can_go_on(self) -> None:
+        """
+        Raises:
+            ValueError: names the place of a prompt that is no conversation, or whose chat template has no way to write
+                a reply to a response.
+        """
+        for prompt, place in zip(self.prompts, self.places, strict=True):
+            if isinstance(prompt, str):
+                raise ValueError(
+                    f"{place}: the prompt is text, and with rollout.environment it has to be a conversation: a list of "
+                    f'{{"role", "content"}} messages, or what the user says with --data.prompt_format chat.'
+                )
+        answered = [*self.prompts[0], {"role": "assistant", "content": "yes"}]
+        at(self.places[0], encode_reply, answered, "no", self.tokenizer, [self.tokenizer.eos_token_id])
+
     def kept_of_each_source(self) -> list[int]:
         """How many rows of each source are in use."""
         bounds = torch.tensor(self.sizes).cumsum(0)
@@ -177,6 +192,8 @@ def create_prompt_dataloader(
     options = dict(subset=data.train_subset, split=data.train_split, max_samples=data.max_samples)
     sources = [load_source(name, **options) for name in data.sources]
     dataset = PromptDataset(sources, tokenizer, prompt_column=data.prompt_column, prompt_format=data.prompt_format)
+    if args.rollout.environment is not None:
+        dataset.check_can_go_on()
     said = [dataset.answers_cut(), dataset.limit_length(data.max_prompt_tokens, data.over_length)]
     if data.weights is not None:
         sizes = dataset.kept_of_each_source()

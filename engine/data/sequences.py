@@ -1,5 +1,8 @@
 """Prompt + response rows of different lengths, kept flat; padding exists only inside a forward pass.
 
+In an episode of several turns the response tokens of a row, those that the actor wrote, do not lie side by side: what
+others said stands between them, as `gaps`. Numbers per response token know nothing of it: one follows the other.
+
 Rows are dealt out to ranks and cut into micro-batches here, once for scoring and training alike. The plan is made from
 the lengths, which every rank knows, so that all ranks run the same number of forward passes without asking each other.
 """
@@ -7,6 +10,7 @@ the lengths, which every rank knows, so that all ranks run the same number of fo
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,11 +40,12 @@ class MicroBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Sequences:
-    """B prompts with their responses, T tokens in all."""
+    """B prompts with their responses, T tokens in all, N of them of responses."""
 
     tokens: Tensor  # (T,) int64: prompt, response, prompt, response, ...
     prompt_lengths: Tensor  # (B,) int64, at least 1
-    response_lengths: Tensor  # (B,) int64
+    response_lengths: Tensor  # (B,) int64, of the actor's own tokens
+    gaps: Tensor | None = None  # (N,) int64: tokens of others just before each response token; None: nowhere any
 
     def __post_init__(self):
         if self.prompt_lengths.shape != self.response_lengths.shape:
@@ -50,6 +55,11 @@ class Sequences:
             )
         if len(self) and self.prompt_lengths.min() < 1:
             raise ValueError("Sequences.prompt_lengths holds a prompt without tokens: nothing predicts its response.")
+        if self.gaps is not None and self.gaps.shape != (self.num_response_tokens,):
+            raise ValueError(
+                f"Sequences.gaps has shape {tuple(self.gaps.shape)}; there are {self.num_response_tokens} response "
+                f"tokens."
+            )
         if len(self.tokens) != int(self.lengths.sum()):
             raise ValueError(f"Sequences.tokens has {len(self.tokens)} tokens; the lengths say {self.lengths.sum()}.")
 
@@ -63,6 +73,32 @@ class Sequences:
             response_lengths=torch.tensor([len(response) for response in responses], dtype=torch.int64),
         )
 
+    @classmethod
+    def of_turns(cls, prompts: Sequence[Sequence[int]], parts: Sequence[Sequence[Sequence[int]]]) -> "Sequences":
+        """From lists of token ids.
+
+        Args:
+            parts: of each row what follows the prompt: a turn of the actor's, what others said, a turn of the actor's
+                and so on; the last is the actor's and is not empty.
+        """
+        gaps: list[int] = []
+        for row in parts:
+            gap = 0
+            for number, part in enumerate(row):
+                if number % 2:
+                    gap += len(part)
+                elif part:
+                    gaps += [gap, *[0] * (len(part) - 1)]
+                    gap = 0
+        flat = [token for prompt, row in zip(prompts, parts, strict=True) for part in (prompt, *row) for token in part]
+        lengths = [sum(len(part) for part in row[::2]) for row in parts]
+        return cls(
+            tokens=torch.tensor(flat, dtype=torch.int64),
+            prompt_lengths=torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int64),
+            response_lengths=torch.tensor(lengths, dtype=torch.int64),
+            gaps=torch.tensor(gaps, dtype=torch.int64),
+        )
+
     def __len__(self) -> int:
         return len(self.prompt_lengths)
 
@@ -71,21 +107,33 @@ class Sequences:
             tokens=self.tokens[ragged_index(self.lengths, rows)],
             prompt_lengths=self.prompt_lengths[rows],
             response_lengths=self.response_lengths[rows],
+            gaps=None if self.gaps is None else self.gaps[ragged_index(self.response_lengths, rows)],
         )
 
     def without_responses(self, rows: Tensor) -> "Sequences":
         """The same with nothing after the prompts of the rows that are True in `rows` (B,)."""
-        kept = self.response_lengths.masked_fill(rows, 0)
         within = torch.arange(len(self.tokens)) - (self.lengths.cumsum(0) - self.lengths).repeat_interleave(
             self.lengths
         )
-        stays = within < (self.prompt_lengths + kept).repeat_interleave(self.lengths)
-        return Sequences(tokens=self.tokens[stays], prompt_lengths=self.prompt_lengths, response_lengths=kept)
+        stays = within < torch.where(rows, self.prompt_lengths, self.lengths).repeat_interleave(self.lengths)
+        return Sequences(
+            tokens=self.tokens[stays],
+            prompt_lengths=self.prompt_lengths,
+            response_lengths=self.response_lengths.masked_fill(rows, 0),
+            gaps=None if self.gaps is None else self.gaps[~rows.repeat_interleave(self.response_lengths)],
+        )
 
     @property
     def lengths(self) -> Tensor:
-        """(B,) prompt and response together."""
-        return self.prompt_lengths + self.response_lengths
+        """(B,) all tokens of a row: prompt, response, and what others said between."""
+        own = self.prompt_lengths + self.response_lengths
+        return own if self.gaps is None else own + self._lengths_between
+
+    @cached_property
+    def _lengths_between(self) -> Tensor:
+        """(B,) tokens that others said after the prompt."""
+        rows = torch.arange(len(self)).repeat_interleave(self.response_lengths)
+        return torch.zeros_like(self.response_lengths).index_add(0, rows, self.gaps)
 
     @property
     def num_response_tokens(self) -> int:
@@ -119,7 +167,11 @@ class Sequences:
         responses = self.response_lengths[rows]
         target_rows = torch.arange(len(rows)).repeat_interleave(responses)
         within = torch.arange(int(responses.sum())) - (responses.cumsum(0) - responses)[target_rows]
+        response_tokens = ragged_index(self.response_lengths, rows)
         at = (starts + self.prompt_lengths[rows])[target_rows] + within
+        if self.gaps is not None:
+            gaps, between = self.gaps[response_tokens], self._lengths_between[rows]
+            at = at + gaps.cumsum(0) - (between.cumsum(0) - between)[target_rows]
         on_device = dict(
             input_ids=input_ids,
             positions=at - 1,  # the state one token earlier predicts the token
@@ -131,7 +183,7 @@ class Sequences:
             **{name: tensor.to(device) for name, tensor in on_device.items()},
             position_ids=None if position_ids is None else position_ids.to(device),
             rows=rows,
-            response_tokens=ragged_index(self.response_lengths, rows),
+            response_tokens=response_tokens,
         )
 
     def _nothing(self, device: torch.device) -> MicroBatch:

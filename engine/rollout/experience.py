@@ -26,6 +26,8 @@ class Experience:
 
     B responses with N tokens in all. Per-token tensors are flat, row after row, aligned with the response: an element
     belongs to response token y_t of its row, and its value is V(prompt, y_<t), the state *before* y_t is emitted.
+    In an episode of several turns y_t are the actor's own tokens, one after another: the first of a turn follows the
+    last of the turn before, and its state has read what was said between.
     `padded` shows one as (B, R).
     """
 

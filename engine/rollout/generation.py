@@ -79,6 +79,7 @@ def sampled_responses(
     sampling: Sampling,
     eos_token_ids: Sequence[int],
     micro_batch_size: int,
+    limits: Sequence[int] | None = None,
     any_rank_active: Callable[[bool], bool] | None = None,
 ) -> Responses:
     """Responses to prompts, each up to and including its first end-of-sequence token.
@@ -88,15 +89,17 @@ def sampled_responses(
         prompts: token ids, none empty.
         noise: (rows, max_response_tokens) uniform, from `noise_of_rows`.
         micro_batch_size: rows decoded at the same time.
+        limits: (rows,) tokens that each response may have at most, from 1; max_response_tokens when not given.
         any_rank_active: a collective that says whether some rank still decodes. Without it ranks are independent.
     """
     responses = Responses([[] for _ in prompts], [[] for _ in prompts])
+    limits = [sampling.max_response_tokens] * len(prompts) if limits is None else limits
     device = next(model.parameters()).device
     # Neighbours in length share a micro-batch: less left padding.
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     batches = [order[start : start + micro_batch_size] for start in range(0, len(order), micro_batch_size)]
     for rows in batches:
-        _decode(model, prompts, noise, rows, responses, sampling, eos_token_ids, device, any_rank_active)
+        _decode(model, prompts, noise, rows, limits, responses, sampling, eos_token_ids, device, any_rank_active)
     while any_rank_active is not None and any_rank_active(False):
         _idle_step(model, device)
     return responses
@@ -111,10 +114,12 @@ def eos_token_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     return sorted({token for token in (tokenizer.eos_token_id, *more) if token is not None})
 
 
-def _decode(model, prompts, noise, rows, responses, sampling, eos_token_ids, device, any_rank_active) -> None:
+def _decode(model, prompts, noise, rows, limits, responses, sampling, eos_token_ids, device, any_rank_active) -> None:
     width = max(len(prompts[row]) for row in rows)
+    limit = torch.tensor([limits[row] for row in rows], device=device)
+    longest = max(limits[row] for row in rows)
     input_ids = torch.zeros(len(rows), width, dtype=torch.int64)
-    mask = torch.zeros(len(rows), width + sampling.max_response_tokens, dtype=torch.bool)
+    mask = torch.zeros(len(rows), width + longest, dtype=torch.bool)
     for line, row in enumerate(rows):
         input_ids[line, width - len(prompts[row]) :] = torch.tensor(prompts[row])
         mask[line, width - len(prompts[row]) :] = True  # response columns included: they are filled before being read
@@ -123,9 +128,9 @@ def _decode(model, prompts, noise, rows, responses, sampling, eos_token_ids, dev
     uniform = noise[rows].to(device)
     warp = _warpers(sampling)
     eos = torch.tensor(sorted(eos_token_ids), dtype=torch.int64, device=device)
-    cache = preallocated_cache(model.config, width + sampling.max_response_tokens)
+    cache = preallocated_cache(model.config, width + longest)
     alive = list(rows)
-    for step in range(sampling.max_response_tokens):
+    for step in range(longest):
         if any_rank_active is not None:
             any_rank_active(True)
         logits = (
@@ -148,7 +153,7 @@ def _decode(model, prompts, noise, rows, responses, sampling, eos_token_ids, dev
         for row, token, logprob in zip(alive, tokens.tolist(), logprobs.tolist(), strict=True):
             responses.tokens[row].append(token)
             responses.logprobs[row].append(logprob)
-        going_on = ~torch.isin(tokens, eos)
+        going_on = ~torch.isin(tokens, eos) & (step + 1 < limit)
         if not going_on.all():
             keep = going_on.nonzero().squeeze(-1)
             if len(keep) == 0:
@@ -156,6 +161,7 @@ def _decode(model, prompts, noise, rows, responses, sampling, eos_token_ids, dev
             alive = [alive[line] for line in keep.tolist()]
             cache.batch_select_indices(keep)
             tokens, mask, uniform, position_ids = tokens[keep], mask[keep], uniform[keep], position_ids[keep]
+            limit = limit[keep]
         input_ids, position_ids = tokens[:, None], position_ids[:, -1:] + 1
 
 

@@ -97,12 +97,13 @@ def per_token_of_all_ranks(mine: list[list[float]]) -> Tensor:
 
 
 def sequences_of_all_ranks(mine: Sequences) -> Sequences:
-    """The ranks' rows, rank 0's first. A collective."""
+    """The ranks' rows, rank 0's first; all with gaps or all without. A collective."""
     device = comm.device()
     lengths = torch.stack([mine.prompt_lengths, mine.response_lengths], dim=1).to(device)
     prompt_lengths, response_lengths = comm.concatenated(lengths).cpu().unbind(1)
     tokens = comm.concatenated(mine.tokens.to(device)).cpu()
-    return Sequences(tokens=tokens, prompt_lengths=prompt_lengths, response_lengths=response_lengths)
+    gaps = None if mine.gaps is None else comm.concatenated(mine.gaps.to(device)).cpu()
+    return Sequences(tokens=tokens, prompt_lengths=prompt_lengths, response_lengths=response_lengths, gaps=gaps)
 
 
 def _full_kl(actor: Engine, ref: Engine | Switched, hidden: Tensor, ref_hidden: Tensor, given: dict) -> Tensor:

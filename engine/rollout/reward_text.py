@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from transformers import PreTrainedTokenizerBase
 
-from engine.data.formatting import Prompt, encode_exchange, render, render_response
+from engine.data.formatting import MARK, Prompt, encode_exchange, render, render_response
 from engine.data.sequences import Sequences
 
 
@@ -32,5 +32,4 @@ def sequences_for_another_tokenizer(
 
 def _end_of_turn(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
     """What the chat template writes after a response, whatever the response; nothing after text."""
-    mark = "\ue000response\ue001"  # of private use: no template writes it
-    return render_response(prompt, mark, tokenizer).partition(mark)[2]
+    return render_response(prompt, MARK, tokenizer).partition(MARK)[2]

@@ -1,5 +1,8 @@
 """The actor as it writes responses in a run: with the run's settings, gathered or from its shards."""
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
 from transformers import PreTrainedTokenizerBase
 
 from engine.config import PPOConfig
@@ -33,15 +36,30 @@ class Sampler:
             prompts: token ids.
             keys: of the noise of each row; see `noise_of_rows`.
         """
+        with self.drawing() as draw:
+            return draw(prompts, keys)
+
+    @contextmanager
+    def drawing(self) -> Iterator[Callable[..., Responses]]:
+        """`draw(prompts, keys, limits=None)`: `responses`, with the weights gathered once for the length of the block.
+
+        A collective under ZeRO-3, as each draw is: all ranks draw equally often, those without prompts too. `limits`
+        are the tokens that each response may have at most.
+        """
         config = self.config.rollout
         sharded = config.weights == "sharded"
         with sharded_for_generation(self.actor) if sharded else gathered_for_generation(self.actor) as whole:
-            return sampled_responses(
-                whole.model,
-                prompts,
-                noise_of_rows(keys, config.max_response_tokens),
-                sampling=self.sampling,
-                eos_token_ids=self.eos_token_ids,
-                micro_batch_size=self.config.rollout_micro_batch_size,
-                any_rank_active=comm.any_true if sharded else None,
-            )
+
+            def draw(prompts, keys, limits: Sequence[int] | None = None) -> Responses:
+                return sampled_responses(
+                    whole.model,
+                    prompts,
+                    noise_of_rows(keys, config.max_response_tokens),
+                    sampling=self.sampling,
+                    eos_token_ids=self.eos_token_ids,
+                    micro_batch_size=self.config.rollout_micro_batch_size,
+                    limits=limits,
+                    any_rank_active=comm.any_true if sharded else None,
+                )
+
+            yield draw

@@ -2,16 +2,14 @@
 
 import asyncio
 import inspect
-import os
-import sys
 import threading
-import traceback
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from engine.rollout.users_code import named, place_of
 
 ScoreFunction = Callable[..., Any]  # returns a list of numbers, or is async and does so in the end
 
@@ -22,18 +20,9 @@ def load_score_function(spec: str) -> ScoreFunction:
     Raises:
         ValueError: there is no such module or function.
     """
-    module_name, function_name = spec.split(":")
-    if os.getcwd() not in sys.path:  # launchers put the script's folder there, not the one a user stands in
-        sys.path.append(os.getcwd())
-    try:
-        module = import_module(module_name)
-    except ImportError as error:
-        raise ValueError(
-            f"reward.function={spec}: importing {module_name} failed ({error}). It is looked for in {os.getcwd()}, on "
-            f"PYTHONPATH and among the installed packages."
-        ) from error
-    function = getattr(module, function_name, None)
+    function = named(spec, setting="reward.function")
     if not callable(function):
+        module_name, function_name = spec.split(":")
         raise ValueError(f"reward.function={spec}: {module_name} has no function {function_name}.")
     return function
 
@@ -75,8 +64,7 @@ def scores_of_function(
             f"the score function {name} took longer than reward.timeout_s={timeout_s} for {len(responses)} responses."
         ) from error
     except Exception as error:  # the user's code: whatever it raises is shown with the function's name
-        own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
-        place = "".join(f" ({frame.filename}, line {frame.lineno})" for frame in own[:1])  # in the function itself
+        place = place_of(error, caller=__file__)
         raise ValueError(f"the score function {name} raised {type(error).__name__}: {error}{place}") from error
     return checked_scores(scores, len(responses), f"the score function {name}")
 

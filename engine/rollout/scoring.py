@@ -1,5 +1,6 @@
 """The scores of an iteration's responses: of a reward model, a Python function, an HTTP service, or their sum."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.config import PPOConfig
 from engine.data import PromptBatch
+from engine.data.formatting import Messages, Prompt, said_since
 from engine.data.sequences import Sequences
 from engine.distributed import comm
 from engine.distributed.initialize import Engine, Switched
@@ -56,24 +58,34 @@ class Scoring:
                 flush=True,
             )
 
-    def scores(self, prompts: PromptBatch, responses: list[list[int]], sequences: Sequences) -> Scored:
+    def scores(
+        self,
+        prompts: PromptBatch,
+        responses: list[list[int]],
+        sequences: Sequences,
+        conversations: list[Messages] | None = None,
+    ) -> Scored:
         """The weighted sum of what every source says. A collective.
 
         Args:
-            prompts, responses: this rank's.
+            prompts, responses: this rank's; of an episode all tokens of the actor's.
             sequences: of all ranks.
+            conversations: this rank's episodes, where there is an environment. Functions and services are given them
+                as one more column, in place of one that is called so.
 
         Raises:
             ValueError: on every rank, when a source fails on any and `reward.on_error` is `stop`, or when it fails for
                 every response.
         """
         settings = self.config.reward
-        texts = self.texts(responses)
+        texts = self.texts_of_episodes(prompts.prompts, responses, conversations)
+        if conversations is not None:
+            prompts = replace(prompts, columns=prompts.columns | {"conversations": conversations})
         total, failed = torch.zeros(len(sequences)), torch.zeros(len(sequences), dtype=torch.bool)
         if self.reward is not None:
             theirs = sequences
             if self.reward_tokenizer is not None:
-                theirs = self._in_the_reward_models_words(prompts, responses, texts)
+                theirs = self._in_the_reward_models_words(prompts, responses, texts, conversations)
             scores = reward_model_scores(theirs, self.reward, token_budget=self.config.micro_batch_tokens)
             total += settings.model_weight * scores
         if self.function is not None:
@@ -86,6 +98,14 @@ class Scoring:
         """Without special tokens."""
         # One by one: transformers 5 turns batch_decode([]), a rank without prompts, into one empty text.
         return [self.tokenizer.decode(response, skip_special_tokens=True) for response in responses]
+
+    def texts_of_episodes(
+        self, prompts: list[Prompt], responses: list[list[int]], conversations: list[Messages] | None
+    ) -> list[str]:
+        """What the actor says in each, without special tokens: its response, or its turns in a conversation."""
+        if conversations is None:
+            return self.texts(responses)
+        return [said_since(*both) for both in zip(prompts, conversations, strict=True)]
 
     def _asked(self, source, prompts: PromptBatch, texts: list[str], failed: Tensor) -> Tensor:
         """(B,) scores of all ranks; rows that failed are 0 and marked in `failed`. A collective."""
@@ -122,7 +142,11 @@ class Scoring:
         return scores, [None] * len(texts)
 
     def _in_the_reward_models_words(
-        self, prompts: PromptBatch, responses: list[list[int]], texts: list[str]
+        self,
+        prompts: PromptBatch,
+        responses: list[list[int]],
+        texts: list[str],
+        conversations: list[Messages] | None,
     ) -> Sequences:
         """The responses of all ranks in the reward model's template and tokens. A collective.
 
@@ -131,7 +155,11 @@ class Scoring:
         """
         with comm.same_error_everywhere():
             ended = [bool(response) and response[-1] in self.eos_token_ids for response in responses]
-            given = zip(prompts.prompts, prompts.texts, texts, ended, strict=True)
+            asked = prompts.prompts
+            if conversations is not None:  # a response is then the last turn, and all before it a prompt
+                asked = [before for *before, _ in conversations]
+                texts = [last["content"] for *_, last in conversations]
+            given = zip(asked, prompts.texts, texts, ended, strict=True)
             mine = sequences_for_another_tokenizer(given, self.reward_tokenizer)
             config = self.reward.module.model.config.get_text_config()
             longest = max(mine.lengths.tolist(), default=0)

@@ -116,6 +116,7 @@ def experience_metrics(experience: Experience, *, eos_token_ids: list[int]) -> d
         **_of_values(experience),
         "response/length_mean": lengths.float().mean().item(),
         "response/eos_fraction": ended(sequences, eos_token_ids).float().mean().item(),
+        **_of_turns(sequences),
     }
 
 
@@ -123,6 +124,14 @@ def ended(sequences: Sequences, eos_token_ids: list[int]) -> Tensor:
     """(B,) bool: whether a response ends with an end-of-sequence token."""
     last_tokens = sequences.tokens[sequences.lengths.cumsum(0) - 1]
     return torch.isin(last_tokens, torch.tensor(eos_token_ids, dtype=torch.int64)) & (sequences.response_lengths > 0)
+
+
+def _of_turns(sequences: Sequences) -> dict[str, float]:
+    """The actor's turns per episode, where there is an environment: others speak before each but the first."""
+    if sequences.gaps is None:
+        return {}
+    turns = (sequences.gaps > 0).sum() + (sequences.response_lengths > 0).sum()
+    return {"response/turns_mean": turns.item() / len(sequences)}
 
 
 def _of_values(experience: Experience) -> dict[str, float]:

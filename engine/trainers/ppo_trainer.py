@@ -27,6 +27,8 @@ from engine.data.sequences import Sequences
 from engine.distributed import comm
 from engine.models.loading import vocabulary_size
 from engine.rlhf_engine import DeepSpeedRLHFEngine
+from engine.rollout.environments import load_environment
+from engine.rollout.episodes import Episodes, played_episodes
 from engine.rollout.experience import Experience, shaped_experience
 from engine.rollout.generation import Responses, eos_token_ids_of
 from engine.rollout.measuring import measure, per_token_of_all_ranks, sequences_of_all_ranks
@@ -82,6 +84,9 @@ class DeepSpeedPPOTrainer:
             reward_tokenizer=rlhf_engine.reward_tokenizer if rlhf_engine.reward_reads_text else None,
             eos_token_ids=self.eos_token_ids,
         )
+        with comm.same_error_everywhere():
+            spec = args.rollout.environment
+            self.environment = None if spec is None else load_environment(spec)
         self.update = PPOUpdate(rlhf_engine, args, pretraining)
         self.progress = Progress(kl_coef=args.kl_coef, penalty_coef=args.penalty_coef)
         self.seconds: dict[str, float] = {}
@@ -105,18 +110,18 @@ class DeepSpeedPPOTrainer:
         coefficient. Eval mode, no gradients. A collective; ranks may hold different numbers of prompts, or none.
 
         Raises:
-            ValueError: on every rank, when a source of scores fails on any (see `Scoring.scores`).
+            ValueError: on every rank, when a source of scores (see `Scoring.scores`) or an environment fails on any.
         """
         self.progress.iteration += 1
         prompts = prompts.repeated(self.config.rollout.samples_per_prompt)
         with self._timed("generate"):
-            responses, logprobs = self.sample(prompts)
-            sequences = sequences_of_all_ranks(Sequences.of(prompts.tokens, responses))
-            behaviour_logprobs = per_token_of_all_ranks(logprobs)
+            episodes = self.episodes(prompts)
+            sequences = sequences_of_all_ranks(episodes.sequences)
+            behaviour_logprobs = per_token_of_all_ranks(episodes.logprobs)
         with self._timed("score"):
-            scored = self.scoring.scores(prompts, responses, sequences)
+            scored = self.scoring.scores(prompts, episodes.responses, sequences, episodes.conversations)
             experience = self._experience(sequences, behaviour_logprobs, scored)
-        self.samples = self._sample_rows(prompts, responses, experience)
+        self.samples = self._sample_rows(prompts, episodes, experience)
         return experience
 
     def generate(self, queries: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -216,14 +221,25 @@ class DeepSpeedPPOTrainer:
         self.progress.kl_coef = self.next_kl_coef(experience)
         return experience
 
+    def episodes(self, prompts: PromptBatch) -> Episodes:
+        """One episode for each of this rank's prompts: a response, or a conversation with the environment. A collective
+        under ZeRO-3 or with an environment.
+        """
+        if self.environment is None:
+            return Episodes.of_one_turn(prompts, self.sample(prompts))
+        given = dict(sampler=self.sampler, tokenizer=self.tokenizer, max_turns=self.config.rollout.max_turns)
+        return played_episodes(prompts, self._keys(prompts), self.environment, **given)
+
     def sample(self, prompts: PromptBatch) -> Responses:
         """One response to each of this rank's prompts, drawn with this iteration's noise. A collective under ZeRO-3."""
+        return self.sampler.responses(prompts.tokens, self._keys(prompts))
+
+    def _keys(self, prompts: PromptBatch) -> list[tuple[int, ...]]:
         samples = self.config.rollout.samples_per_prompt
-        keys = [
+        return [
             (self.config.seed, self.progress.iteration, prompt_id, row % samples)
             for row, prompt_id in enumerate(prompts.ids)
         ]
-        return self.sampler.responses(prompts.tokens, keys)
 
     def shaped(self, scored: Scored, sequences: Sequences) -> Tensor:
         """(B,) what the scores are in the rewards: normalised, clipped, less the penalties on length."""
@@ -234,7 +250,7 @@ class DeepSpeedPPOTrainer:
         if settings.clip is not None:
             scores = scores.clamp(-settings.clip, settings.clip)
         return scores - length_penalties(
-            sequences.response_lengths,
+            sequences.lengths - sequences.prompt_lengths,  # of an episode, the user's turns too: it ends by them all
             ended(sequences, self.eos_token_ids),
             missing_eos_penalty=settings.missing_eos_penalty,
             overlong_penalty=settings.overlong_penalty,
@@ -340,10 +356,13 @@ class DeepSpeedPPOTrainer:
             raise RuntimeError(f"{said}; {self.progress.skipped_in_a_row} in a row, the run stops.")
         return float("nan"), float("nan")
 
-    def _sample_rows(self, prompts: PromptBatch, responses: list[list[int]], experience: Experience) -> list[dict]:
+    def _sample_rows(self, prompts: PromptBatch, episodes: Episodes, experience: Experience) -> list[dict]:
         """A few of rank 0's rows, which come first in the experience."""
         few = min(self.config.tracking.samples_per_iteration, len(prompts)) if comm.is_main() else 0
         kl = experience.padded("kl").sum(1)
+        _, responses, _, conversations = episodes
+        first = (each and each[:few] for each in (prompts.prompts, responses, conversations))
+        texts = self.scoring.texts_of_episodes(*first)
         return [
             {
                 "iteration": self.progress.iteration,
@@ -352,8 +371,9 @@ class DeepSpeedPPOTrainer:
                 "score": experience.scores[row].item(),
                 "kl": kl[row].item(),
                 "length": len(responses[row]),
+                **({} if conversations is None else {"conversation": conversations[row]}),
             }
-            for row, text in enumerate(self.scoring.texts(responses[:few]))
+            for row, text in enumerate(texts)
         ]
 
     @contextmanager

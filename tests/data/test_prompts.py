@@ -27,6 +27,7 @@ def args(tmp_path, texts, *, per_iteration=4, iterations=None, epochs=1, seed=0,
     path.write_text("".join(json.dumps({"prompt": text, "n": n}) + "\n" for n, text in enumerate(texts)))
     return SimpleNamespace(
         data=DataConfig(train=str(path), **data),
+        rollout=SimpleNamespace(environment=None),
         prompts_per_iteration=per_iteration,
         num_iterations=iterations,
         num_train_epochs=epochs,
@@ -301,6 +302,7 @@ def several(tmp_path, *sources, per_iteration=100, seed=0, **data):
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return SimpleNamespace(
         data=DataConfig(train=[str(file) for file in files], **data),
+        rollout=SimpleNamespace(environment=None),
         prompts_per_iteration=per_iteration,
         num_iterations=None,
         num_train_epochs=1,
@@ -424,3 +426,30 @@ def test_create_datasets_takes_its_share_from_the_launchers_variables(tmp_path, 
 def test_create_datasets_refuses_another_phase(tmp_path, phase):
     with pytest.raises(ValueError, match="train_phase="):
         create_datasets(args(tmp_path, ["a"]), byte_tokenizer(), phase)
+
+
+# Environments
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [
+        (["a"], r"prompts\.jsonl, line 1, column 'prompt': the prompt is text, .*--data\.prompt_format chat"),
+        ([[user("a")], "b"], r"prompts\.jsonl, line 2, column 'prompt': the prompt is text"),
+    ],
+)
+def test_an_environment_needs_conversations(tmp_path, prompts, said):
+    given = args(tmp_path, prompts)
+    create_prompt_dataloader(given, byte_tokenizer(), rank=1, world_size=2)
+    given.rollout.environment = "some:Class"
+    with pytest.raises(ValueError, match=said):
+        create_prompt_dataloader(given, byte_tokenizer(), rank=1, world_size=2)
+
+
+def test_an_environment_needs_a_template_that_goes_on(tmp_path):
+    given = args(tmp_path, ["a"], prompt_format="chat")
+    given.rollout.environment = "some:Class"
+    create_prompt_dataloader(given, byte_tokenizer(), rank=1, world_size=2)
+    one_answer = word_tokenizer(template="{{ messages[0]['content'] }}")
+    with pytest.raises(ValueError, match=r"prompts\.jsonl, line 1, .*a conversation cannot go on"):
+        create_prompt_dataloader(given, one_answer, rank=1, world_size=2)

@@ -111,3 +111,12 @@ def test_a_bad_config_ends_every_rank_with_what_to_do(launch):
     assert "Try --minibatch_size 4." in done.stderr
     assert "Traceback" not in done.stderr
     assert not out.exists()
+
+
+def test_an_environment_that_is_not_there_is_told_before_models_are_built(launch):
+    no_critic = ("--critic.model_name_or_path", "no/such/folder")  # what building it would stumble over
+    done, out = launch("--rollout.environment", "my_scores:Nobody", *no_critic, output="nobody")
+    assert done.returncode != 0
+    assert done.stderr.count("ValueError: rollout.environment=my_scores:Nobody: my_scores has no class Nobody.") >= 2
+    assert "Traceback" not in done.stderr and "no/such/folder" not in done.stderr
+    assert not out.exists()

@@ -47,13 +47,12 @@ def loaded():
     return models
 
 
-def generate(model, asked, *, seed=0, eos=(EOS,), micro_batch_size=100, noise=None, **sampling):
+def generate(model, asked, *, seed=0, eos=(EOS,), micro_batch_size=100, noise=None, limits=None, **sampling):
     sampling = Sampling(**dict(max_response_tokens=16) | sampling)
     if noise is None:
         noise = noise_of_rows([(seed, row) for row in range(len(asked))], sampling.max_response_tokens)
-    return generate_responses(
-        model.model, asked, noise, sampling=sampling, eos_token_ids=eos, micro_batch_size=micro_batch_size
-    )
+    given = dict(sampling=sampling, eos_token_ids=eos, micro_batch_size=micro_batch_size, limits=limits)
+    return generate_responses(model.model, asked, noise, **given)
 
 
 def plain_generate(model, prompt, eos, max_new_tokens) -> list[int]:
@@ -142,6 +141,16 @@ def test_a_response_does_not_depend_on_what_is_decoded_next_to_it(loaded, family
         given = dict(noise=noise, eos=MANY_EOS, temperature=0.7, micro_batch_size=micro_batch_size)
         assert generate(loaded[family], prompts(), **given) == alone
     assert len({len(response) for response in alone}) > 2
+
+
+@pytest.mark.parametrize("micro_batch_size", [3, 100])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral_window"])
+def test_a_limit_of_its_own_cuts_a_row_and_leaves_the_others_alone(loaded, family, micro_batch_size):
+    limits = [1, 16, 5, 3, 16, 2, 9, 1]
+    given = dict(eos=MANY_EOS, temperature=0.7, micro_batch_size=micro_batch_size)
+    whole = generate(loaded[family], prompts(), **given)
+    cut = generate(loaded[family], prompts(), limits=limits, **given)
+    assert cut == [response[:limit] for response, limit in zip(whole, limits, strict=True)] != whole
 
 
 def test_no_prompts_no_responses(loaded):

@@ -1,0 +1,36 @@
+"""Code of the user's: found by its name, and where it was when it raised."""
+
+import os
+import sys
+import traceback
+from importlib import import_module
+from typing import Any
+
+
+def named(spec: str, *, setting: str) -> Any:
+    """What `module:name` names, None where the module has no such name; the folder that the run was started in is
+    searched last.
+
+    Args:
+        setting: the one that holds `spec`, for the message.
+
+    Raises:
+        ValueError: there is no such module.
+    """
+    module_name, name = spec.split(":")
+    if os.getcwd() not in sys.path:  # launchers put the script's folder there, not the one a user stands in
+        sys.path.append(os.getcwd())
+    try:
+        module = import_module(module_name)
+    except ImportError as error:
+        raise ValueError(
+            f"{setting}={spec}: importing {module_name} failed ({error}). It is looked for in {os.getcwd()}, on "
+            f"PYTHONPATH and among the installed packages."
+        ) from error
+    return getattr(module, name, None)
+
+
+def place_of(error: Exception, *, caller: str) -> str:
+    """` (file, line n)` of the first frame outside the file `caller`: the user's function itself; empty if none is."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != caller]
+    return "".join(f" ({frame.filename}, line {frame.lineno})" for frame in frames[:1])
