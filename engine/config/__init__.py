@@ -1,7 +1,7 @@
 """Every knob of a run: frozen dataclasses, checked when built. What can be derived is a property, not a field.
 
-`parse` reads a YAML recipe and dotted command-line overrides (`--actor.zero_stage 3`); a name that does not exist is
-refused. How memory is sharded is not here but in `ds_configs/`.
+`parse` reads a preset, a YAML recipe and dotted command-line overrides (`--actor.zero_stage 3`); a name that does not
+exist is refused. How memory is sharded is not here but in `ds_configs/`.
 """
 
 from engine.config.checks import DS_CONFIGS

@@ -1,17 +1,25 @@
-"""A YAML recipe and dotted flags -> a config."""
+"""A preset, a YAML recipe and dotted flags -> a config."""
 
+import argparse
 import difflib
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TypeVar
+
+import yaml
+
+from engine.config.ppo import PPOConfig
+from engine.config.presets import PRESETS
 
 Config = TypeVar("Config")
 
 
 def parse(config_class: type[Config], args: Sequence[str] | None = None) -> Config:
-    """A config from the command line: `--config FILE` and dotted overrides, later ones winning.
+    """A config from the command line: `--config FILE` and dotted overrides, later ones winning; of PPO also
+    `--preset NAME`, which all of these win over wherever it stands.
 
     Prints and ends the program on `--print_config` or `--help`.
 
@@ -28,11 +36,38 @@ def parse(config_class: type[Config], args: Sequence[str] | None = None) -> Conf
     parser.add_argument("--config", action=ActionConfigFile, help="a YAML recipe")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
     parser.add_class_arguments(config_class)
+    if config_class is PPOConfig:
+        parser.add_argument("--preset", help=f"what recipe and flags win over: {', '.join(PRESETS)}")
+        parser.set_defaults(_preset(sys.argv[1:] if args is None else args))
     try:
         values = parser.instantiate(parser.parse_args(args))
     except ArgumentError as error:
         raise ValueError(f"{error}{_meant(str(error), parser)}\nSee --help for every name.") from None
     return config_class(**{name: values[name] for name in config_class.__dataclass_fields__})
+
+
+def _preset(args: Sequence[str]) -> dict[str, Any]:
+    """The settings of the preset that a flag names, or else the last recipe that names one; looked up beforehand,
+    since recipes and flags are read on top of it.
+
+    Raises:
+        ValueError: there is no such preset.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    early.add_argument("--preset")
+    early.add_argument("--config", action="append", default=[])
+    try:
+        given, _ = early.parse_known_args(args)
+        recipes = [yaml.safe_load(Path(recipe).read_text()) for recipe in given.config]
+    except (argparse.ArgumentError, OSError, yaml.YAMLError):  # the parser proper says what is wrong
+        return {}
+    in_recipes = [str(recipe["preset"]) for recipe in recipes if isinstance(recipe, dict) and recipe.get("preset")]
+    name = given.preset or (in_recipes[-1] if in_recipes else None)
+    if name is None:
+        return {}
+    if name not in PRESETS:
+        raise ValueError(f"preset={name} is not one of {', '.join(PRESETS)}.")
+    return PRESETS[name]
 
 
 def run(main: Callable[[], None]) -> None:
