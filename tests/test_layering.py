@@ -20,8 +20,8 @@ LAYERS = {
     "trainers": 5,
 }
 # Neither is a layer: the config is for layers 2 and up, a tracker is told what to write.
-FREE = {"config", "scores", "tracking"}
-MAY_IMPORT = {"config": set(), "tracking": {"config"}}
+FREE = {"config", "environments", "scores", "tracking"}
+MAY_IMPORT = {"config": set(), "environments": {"scores"}, "tracking": {"config"}}
 
 
 def part_of(module: str) -> str:
