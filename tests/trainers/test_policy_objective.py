@@ -1,6 +1,7 @@
 """policy_objective.py by hand: what each setting adds to a micro-batch's part of the loss."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -22,7 +23,7 @@ K3 = (math.exp(-0.5) - 1 + 0.5) + 0.0 + (math.exp(0.5) - 1 - 0.5)
 ENTROPIES = 1.0 + 2.0 + 3.0
 
 
-def loss(folder, *, new=(-1.0, -1.0, -1.0), **settings) -> torch.Tensor:
+def loss(folder, *, new=(-1.0, -1.0, -1.0), hidden=None, actor=None, ref=None, **settings) -> torch.Tensor:
     """With kl_coef 0.5 and penalty_coef 2 of this iteration, whatever the config began with."""
     sequences = Sequences.of([[5]] * 2, [[7] * length for length in LENGTHS])
     flat = {name: torch.full((4,), math.nan) for name in PER_TOKEN}  # nothing else is looked at
@@ -30,9 +31,9 @@ def loss(folder, *, new=(-1.0, -1.0, -1.0), **settings) -> torch.Tensor:
     flat |= {name: torch.tensor(numbers) for name, numbers in named.items()}
     experience = Experience(sequences=sequences, scores=torch.zeros(2), **flat, kl_coef=0.5)
     config = tiny.ppo_config(folder, kl_coef=7.0, penalty_coef=7.0, rollout__max_response_tokens=4, **settings)
-    objective = PolicyObjective(config, experience, kl_coef=0.5, penalty_coef=2.0, ref=None)
-    said = TokenLogprobs(torch.tensor(new), hidden=None, entropy=torch.tensor([1.0, 2.0, 3.0]))
-    return objective.loss(None, said, sequences.padded(MINE, torch.device("cpu")))
+    objective = PolicyObjective(config, experience, kl_coef=0.5, penalty_coef=2.0, ref=ref)
+    said = TokenLogprobs(torch.tensor(new), hidden=hidden, entropy=torch.tensor([1.0, 2.0, 3.0]))
+    return objective.loss(actor, said, sequences.padded(MINE, torch.device("cpu")))
 
 
 @pytest.mark.parametrize(
@@ -73,3 +74,28 @@ def test_the_clip_and_the_penalty_hold_a_ratio_back(tmp_path):
     assert loss(tmp_path, new=new).item() == pytest.approx(-(1 + 2 * 1.2 + 4) / 4)
     penalised = -(1 + 2 * ratio + 4) + 2.0 * (ratio - 1 - 0.3)
     assert loss(tmp_path, new=new, policy_loss="penalty").item() == pytest.approx(penalised / 4)
+
+
+class Model(torch.nn.Module):
+    """An actor or a ref that says the same hidden states of any micro-batch."""
+
+    def __init__(self, hidden):
+        super().__init__()
+        self.hidden, self.head = hidden, torch.nn.Linear(4, 6)
+        self.module = SimpleNamespace(head=self.head)
+
+    def forward(self, *batch, **given):
+        return TokenLogprobs(None, self.hidden, None)
+
+
+@pytest.mark.parametrize(("mean", "weight"), [("tokens", 1 / 4), ("responses", 1 / (2 * 3))])
+def test_the_full_kl_is_at_the_temperature_of_the_rollout(tmp_path, mean, weight):
+    torch.manual_seed(0)
+    actor, ref = Model(3 * torch.randn(3, 4)), Model(3 * torch.randn(3, 4))
+    terms = dict(kl_placement="loss", kl_estimator="full", rollout__temperature=0.5, loss_mean=mean)
+    found = loss(tmp_path, actor=actor, ref=ref, hidden=actor.hidden, **terms)
+    p, q = ((model.head(model.hidden).double() / 0.5).softmax(-1) for model in (actor, ref))
+    kl = (p * (p / q).log()).sum().item()
+    assert kl > 1 and found.item() == pytest.approx(weight * (-SURROGATE + 0.5 * kl), abs=1e-5)
+    found.backward()
+    assert actor.head.weight.grad.abs().sum() > 0 and ref.head.weight.grad is None

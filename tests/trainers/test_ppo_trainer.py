@@ -97,6 +97,28 @@ def test_scores_are_normalised_by_all_so_far_then_clipped_then_penalised(tmp_pat
     assert shaped(trainer, [-9.0, 0.0]) == pytest.approx([-1.5, -0.25])
 
 
+def test_every_epoch_of_every_iteration_goes_through_the_responses_in_an_order_of_its_own(tmp_path):
+    """And in the same one when the run is started again."""
+
+    def orders(seed):
+        seen = []
+        rollout = SimpleNamespace(minibatches=lambda size, rng: [tuple(torch.randperm(64, generator=rng).tolist())])
+        trainer = SimpleNamespace(
+            config=tiny.ppo_config(tmp_path, seed=seed, ppo_epochs=2),
+            progress=Progress(),
+            train_rlhf=seen.append,
+            next_penalty_coef=lambda: 0.0,
+            _timed=lambda phase: nullcontext(),
+            _far_enough=lambda: False,
+            _warn_of_another_policy=lambda: None,
+        )
+        for trainer.progress.iteration in (1, 2, 3):
+            DeepSpeedPPOTrainer.train_on(trainer, rollout)
+        return seen
+
+    assert len(set(orders(0) + orders(1))) == 12 and orders(0) == orders(0)
+
+
 # For those who hold the loop
 
 
