@@ -56,6 +56,13 @@ def test_in_bfloat16_it_moves_by_less_than_bfloat16_can_say(run_ranks, strict_z3
         assert any((tensor != tensor.bfloat16().double()).any() for tensor in average.values())
 
 
+def test_a_weight_that_ranks_cannot_share_evenly_is_whole_again(run_ranks, tmp_path):
+    """No power of two is a multiple of three: the last rank's part is shorter."""
+    given = (tiny.LLAMA, engines.ds_file(0, ""), str(tmp_path / "ema"))
+    for error, moved, *_ in run_ranks(averaged, *given, world_size=3):
+        assert error < 1e-6 and moved > 1e-4
+
+
 def test_one_rank_keeps_everything(run_ranks, tmp_path):
     ((error, moved, *_),) = run_ranks(averaged, tiny.GPT2, engines.ds_file(0, ""), str(tmp_path / "ema"), world_size=1)
     assert error < 1e-6 and moved > 1e-4
