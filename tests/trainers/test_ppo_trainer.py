@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 
+from engine.algorithms.rewards import Moments
 from engine.data.sequences import Sequences
 from engine.models.random_init import byte_tokenizer
 from engine.rollout.generation import Responses
@@ -93,6 +94,10 @@ def test_scores_are_normalised_by_all_so_far_then_clipped_then_penalised(tmp_pat
     # 1, 3 and 5: mean 3, deviation sqrt(8 / 3). The last score is nobody's: it is shaped and not counted.
     std = math.sqrt(8 / 3)
     assert shaped(trainer, [5.0, 7.0], (False, True)) == pytest.approx([2 / std, 1.5 - 0.25])
+    # One NaN skips its own iteration, and no later one.
+    broken, healthy = shaped(trainer, [math.nan, 3.0])
+    assert math.isnan(broken) and healthy == pytest.approx(-0.25)  # their mean is 3
+    trainer.progress = Progress(scores=Moments().with_more(torch.tensor([1.0, 3.0, 5.0])))
     # 1, 3, 5, -9, 0: mean 0, deviation sqrt(116 / 5)
     assert shaped(trainer, [-9.0, 0.0]) == pytest.approx([-1.5, -0.25])
 
