@@ -31,6 +31,7 @@ def test_the_last_number_counts(response, answer, score):
         ("I don't know; perhaps Ansby", "Ansby", 1),
         ("Brill", "Ansby", -1),
         ("Ansbyville", "Ansby", -1),
+        ("Stx Ives", "St. Ives", -1),
         ("", "Ansby", -1),
         ("I do not know", "", 1),
         ("Brill", "", -1),

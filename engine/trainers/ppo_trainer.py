@@ -245,7 +245,8 @@ class DeepSpeedPPOTrainer:
         """(B,) what the scores are in the rewards: normalised, clipped, less the penalties on length."""
         settings, scores = self.config.reward, scored.scores
         if settings.running_normalisation:
-            self.progress.scores = self.progress.scores.with_more(scores[~scored.failed])
+            counted = ~scored.failed & scores.isfinite()  # one NaN would stay in the mean for the rest of the run
+            self.progress.scores = self.progress.scores.with_more(scores[counted])
             scores = (scores - self.progress.scores.mean) / self.progress.scores.std
         if settings.clip is not None:
             scores = scores.clamp(-settings.clip, settings.clip)

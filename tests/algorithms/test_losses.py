@@ -18,6 +18,7 @@ from engine.algorithms.losses import (
     policy_statistics,
     token_weights,
     value_clipped,
+    weighted_sum,
 )
 
 ONE = torch.ones(1, dtype=torch.bool)
@@ -266,6 +267,29 @@ def test_a_weight_multiplies_a_tokens_share(name):
 
     wanted = sum(weights[n] * loss(torch.tensor([n])) for n in range(5))
     torch.testing.assert_close(loss(torch.arange(6), weights=weights), wanted)
+
+
+@pytest.mark.parametrize("garbage", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["penalised", "k2", "k3"])
+def test_padding_leaks_into_neither_penalty_nor_kl(name, garbage):
+    generator = torch.Generator().manual_seed(2)
+    tensors, mask = torch.randn(3, 4, generator=generator), torch.tensor([True, False, True, False])
+    results = []
+    for fill in (0.0, garbage):
+        new, old, advantages = (tensor.masked_fill(~mask, fill).requires_grad_() for tensor in tensors)
+        if name == "penalised":
+            loss = penalised_policy_loss(new, old, advantages, mask, penalty_coef=0.7, count=2)
+        else:
+            loss = kl_loss(new, old, mask, estimator=name, count=2)
+        results.append((loss.detach(), torch.autograd.grad(loss, new)[0]))
+    assert all(torch.equal(clean, dirty) for clean, dirty in zip(*results, strict=True))
+
+
+def test_a_weight_that_is_no_number_reaches_no_gradient_from_padding():
+    x, mask = torch.tensor([2.0, math.nan], requires_grad=True), torch.tensor([True, False])
+    total = weighted_sum(x, mask, torch.tensor([3.0, math.nan]))
+    total.backward()
+    assert total.item() == 6 and x.grad.tolist() == [3, 0]
 
 
 def test_importance_weights_are_cut_off_and_carry_no_gradient():

@@ -66,9 +66,9 @@ def test_numbers_that_do_not_vary_keep_their_scale():
 
 
 def test_penalties_on_length_by_hand():
-    """Of 10 tokens the last 4 cost: nothing at 6, half at 8, all at 10; a cut-off response costs 3 more."""
-    lengths, ended = torch.tensor([2, 6, 8, 10, 10]), torch.tensor([True, True, True, True, False])
+    """Of 10 tokens the last 4 cost: nothing at 6, half at 8, all at 10 and beyond; a cut-off response costs 3 more."""
+    lengths, ended = torch.tensor([2, 6, 8, 10, 10, 13]), torch.tensor([True, True, True, True, False, True])
     given = dict(overlong_penalty=2.0, overlong_tokens=4, max_response_tokens=10)
-    assert length_penalties(lengths, ended, missing_eos_penalty=3.0, **given).tolist() == [0, 0, 1, 2, 5]
+    assert length_penalties(lengths, ended, missing_eos_penalty=3.0, **given).tolist() == [0, 0, 1, 2, 5, 2]
     given |= dict(overlong_penalty=0.0, overlong_tokens=0)
-    assert length_penalties(lengths, ended, missing_eos_penalty=3.0, **given).tolist() == [0, 0, 0, 0, 3]
+    assert length_penalties(lengths, ended, missing_eos_penalty=3.0, **given).tolist() == [0, 0, 0, 0, 3, 0]

@@ -56,6 +56,14 @@ def test_in_bfloat16_it_moves_by_less_than_bfloat16_can_say(run_ranks, strict_z3
         assert any((tensor != tensor.bfloat16().double()).any() for tensor in average.values())
 
 
+@pytest.mark.parametrize("kind", [0, "strict"])
+def test_a_weight_that_two_ranks_cannot_share_evenly_is_whole_again(run_ranks, strict_z3, tmp_path, kind):
+    """Norms of 33 numbers: the second rank's part is shorter, or padded."""
+    odd = "random://gpt2?n_embd=33&n_layer=1&n_head=3&n_positions=512"
+    for error, moved, *_ in run_ranks(averaged, odd, engines.ds_file(kind, strict_z3), str(tmp_path / "ema")):
+        assert error < 1e-6 and moved > 1e-4
+
+
 def test_one_rank_keeps_everything(run_ranks, tmp_path):
     ((error, moved, *_),) = run_ranks(averaged, tiny.GPT2, engines.ds_file(0, ""), str(tmp_path / "ema"), world_size=1)
     assert error < 1e-6 and moved > 1e-4

@@ -69,6 +69,12 @@ def test_a_nan_score_on_one_rank_skips_the_steps_on_all(run_ranks, ppo_config, t
     assert after_two != after_one[0]
 
 
+def test_a_nan_score_is_not_in_the_moments_of_later_iterations(run_ranks, ppo_config):
+    config = ppo_config(reward__function=AT + "nan_on_rank_one", reward__running_normalisation=True)
+    _, _, _, skipped = run_ranks(poisoned_then_healthy, config)[0]
+    assert skipped == [config.steps_per_iteration] * 2, "the second iteration is healthy"
+
+
 def poisoned_minibatch(config):
     """A healthy experience with one advantage set to inf on every rank, then the healthy one."""
     trainer, prompts = build(config)

@@ -1,12 +1,14 @@
 """Runs with an adapter: the laws of the other runs hold, and the ref is the trained model without its adapter."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import tiny
 import torch
 from runs import Log, build, train, weights
 from stages import build as build_stage
+from stages import refusal
 from test_laws import furthest
 
 from engine.config import LoRAConfig, SteadyLoRAConfig
@@ -165,3 +167,11 @@ def test_dropout_reaches_the_adapter(run_ranks, tmp_path):
     steady = run_ranks(train_stage, stage(tmp_path, "sft"))[0]["metrics"]
     assert dropped[0]["train/loss"] == pytest.approx(steady[0]["train/loss"], abs=1e-6)
     assert abs(dropped[-1]["train/loss"] - steady[-1]["train/loss"]) > 1e-4
+
+
+@pytest.mark.parametrize("kind", [2, "strict"])
+def test_layers_that_are_not_there_are_one_message(run_ranks, tmp_path, kind):
+    lora = replace(STEADY, target_modules=["q_proj", "query"])
+    config = tiny.stage_config(tmp_path, "sft", lora=lora, **tiny.sharding(kind, tmp_path))
+    for said in run_ranks(refusal, "sft", config):
+        assert said.startswith("ValueError: lora.target_modules: query is no linear layer") and "There are" in said

@@ -1,9 +1,12 @@
 """Estimators without a critic, the KL in the loss, the penalty, the other terms: the laws of PPO hold for each."""
 
+import math
+
 import pytest
 import tiny
+import torch
 import yaml
-from runs import train
+from runs import Log, build, train, weights
 from test_laws import furthest
 
 from engine.config import DemonstrationDataConfig, PPOConfig, PretrainingConfig, as_dict, parse
@@ -71,6 +74,40 @@ def test_epochs_end_early_when_the_actor_is_far_enough(run_ranks, ppo_config):
     given = dict(ppo_epochs=4, num_iterations=1, zero_stage=0)
     far, near = (run_ranks(train, ppo_config(**given, target_kl=target))[0]["steps"] for target in (1e-9, 1e9))
     assert (far, near) == (2, 8)
+
+
+# The actor's average
+
+
+def never_a_number(prompts, responses, **columns):
+    return [math.nan] * len(responses)
+
+
+def averaged(config):
+    """The actor before and after a run, and its average."""
+    trainer, prompts = build(config)
+    before = weights(trainer.actor)
+    trainer.train(prompts, config.num_iterations, Log())
+    average = {name: trainer.rlhf_engine.actor_ema.whole(name.removeprefix("model.")) for name in before}
+    return before, weights(trainer.actor), average
+
+
+@pytest.mark.parametrize("kind", [2, "strict"])
+def test_every_step_moves_the_average(run_ranks, ppo_config, tmp_path, kind):
+    """One step: half-way. Without a memory: the actor itself, whatever the number of steps."""
+    one_step = dict(num_iterations=1, minibatch_size=8, ppo_epochs=1, ema_decay=0.5)
+    before, after, average = run_ranks(averaged, ppo_config(**one_step, **tiny.sharding(kind, tmp_path)))[1]
+    assert any(not torch.equal(before[name], after[name]) for name in after)
+    for name, tensor in average.items():
+        torch.testing.assert_close(tensor, (before[name] + after[name]) / 2, rtol=0, atol=1e-6)
+    _, after, average = run_ranks(averaged, ppo_config(ema_decay=0.0, **tiny.sharding(kind, tmp_path)))[1]
+    assert all(torch.equal(tensor, after[name]) for name, tensor in average.items())
+
+
+def test_a_skipped_step_leaves_the_average_alone(run_ranks, ppo_config):
+    given = dict(num_iterations=1, reward__function="test_objectives_of_ppo:never_a_number", ema_decay=0.5)
+    before, after, average = run_ranks(averaged, ppo_config(**given))[0]
+    assert all(torch.equal(before[name], after[name]) and torch.equal(before[name], average[name]) for name in after)
 
 
 # Demonstrations beside the responses

@@ -131,6 +131,10 @@ def said(config):
             dict(reward__function=AT + "fails", reward__on_error="mask"),
             "not one of 8 responses was scored: .*out of order",
         ),
+        (
+            dict(reward__function=AT + "fails", reward__on_error="mask", prompts=tiny.PROMPTS[:1]),
+            "not one of 1 responses was scored: .*out of order",  # on a rank without prompts too
+        ),
         (dict(reward__function=AT + "fails"), "raised RuntimeError: out of order"),
     ],
 )

@@ -6,13 +6,18 @@ import sys
 import time
 
 import pytest
+import tiny
 import torch
+import torch.distributed as dist
 
+from engine.data import PromptBatch
 from engine.data.exchanges import rows_of
+from engine.data.sequences import Sequences
 from engine.models.random_init import byte_tokenizer
+from engine.rollout import scoring
 from engine.rollout.reward_text import sequences_for_another_tokenizer
 from engine.rollout.score_functions import load_score_function, scores_of_function, scores_one_by_one
-from engine.rollout.scoring import _filled
+from engine.rollout.scoring import Scoring, _filled
 
 PROMPTS, RESPONSES = ["p", "q"], ["a", "bcd"]
 
@@ -251,8 +256,15 @@ def test_only_the_response_that_a_function_cannot_judge_is_left_out():
 
 
 def test_a_function_that_takes_too_long_judges_none():
-    got, errors = scores_one_by_one(slow, PROMPTS, RESPONSES, {}, timeout_s=0.2)
+    calls = []
+
+    def slow_once_more(prompts, responses):
+        calls.append(prompts)
+        time.sleep(5)
+
+    got, errors = scores_one_by_one(slow_once_more, PROMPTS, RESPONSES, {}, timeout_s=0.2)
     assert got.isnan().all() and all("took longer" in error for error in errors)
+    assert calls == [PROMPTS], "row by row it would take longer still"
 
 
 def test_what_failed_gets_the_mean_of_its_group_or_of_all():
@@ -261,3 +273,69 @@ def test_what_failed_gets_the_mean_of_its_group_or_of_all():
     assert _filled(given, failed, group_size=1).tolist() == [1, 3, 4, 4, 4, 8]
     assert _filled(given, failed, group_size=2).tolist() == [1, 3, 4, 4, 8, 8]
     assert _filled(given, failed, group_size=3).tolist() == [1, 3, 2, 8, 8, 8]
+    assert _filled(given, torch.ones(6, dtype=torch.bool), group_size=3).tolist() == given.tolist(), "no mean of none"
+
+
+# Sources together, on one rank: several are in e2e/test_scores_from_anywhere.py
+
+
+def not_of_b(prompts, responses):
+    if "b" in responses:
+        raise KeyError("b")
+    return [float(len(response)) for response in responses]
+
+
+def length(prompts, responses):
+    return [float(len(response)) for response in responses]
+
+
+def of_a_service(*failing):
+    """Scores of 10; or a service that is down."""
+
+    def scores(url, prompts, responses, columns, **settings):
+        if failing:
+            raise ValueError("down")
+        return torch.full((len(responses),), 10.0)
+
+    return scores
+
+
+@pytest.fixture
+def scored(tmp_path, monkeypatch):
+    """`scored(service)` -> Scored, of two responses to each of two prompts; a function cannot judge the second."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    tokenizer = byte_tokenizer()
+    texts = ["aaa", "b", "c", "dd"]
+
+    def score(service, on_error="mask"):
+        monkeypatch.setattr(scoring, "scores_of_service", service)
+        given = dict(reward__function="test_scoring:not_of_b", reward__url="http://there", reward__on_error=on_error)
+        weights = dict(reward__function_weight=2.0, reward__url_weight=0.5, rollout__samples_per_prompt=2)
+        config = tiny.ppo_config(tmp_path, **given, **weights)
+        monkeypatch.setattr(scoring, "load_score_function", lambda spec: not_of_b if on_error == "mask" else length)
+        sources = Scoring(config, reward=None, tokenizer=tokenizer, reward_tokenizer=None, eos_token_ids=[1])
+        responses = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        prompts = PromptBatch(prompts=["p"] * 4, tokens=[[5]] * 4, texts=["p"] * 4, ids=[0, 0, 1, 1], columns={})
+        return sources.scores(prompts, responses, Sequences.of([[5]] * 4, responses))
+
+    return score
+
+
+def test_what_one_source_cannot_judge_is_unscored_whatever_the_next_says(scored, capsys):
+    """2 x length + 10 / 2; the second gets what its neighbour has, the other response to its prompt."""
+    scores, failed = scored(of_a_service())
+    assert failed.tolist() == [False, True, False, False]
+    assert scores.tolist() == [11, 11, 7, 9]
+    assert (
+        "1 of 4 responses are left out, unscored: the score function not_of_b raised KeyError"
+        in capsys.readouterr().out
+    )
+
+
+def test_a_source_that_judges_none_stops_the_run_beside_one_that_does(scored):
+    with pytest.raises(ValueError, match=r"^not one of 4 responses was scored: down$"):
+        scored(of_a_service("down"))
+    with pytest.raises(ValueError, match=r"^down$"):
+        scored(of_a_service("down"), on_error="stop")
+    assert scored(of_a_service(), on_error="stop").scores.tolist() == [11, 7, 7, 9]
