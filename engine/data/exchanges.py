@@ -108,6 +108,7 @@ def tokenised(
 
 def rows_of(sequences: Sequences) -> Iterable[tuple[list[int], list[int]]]:
     """(prompt, response) of every row, in token ids."""
+    assert sequences.gaps is None, "the response of an episode is not in one piece"
     start = 0
     for prompt, response in zip(sequences.prompt_lengths.tolist(), sequences.response_lengths.tolist(), strict=True):
         middle, end = start + prompt, start + prompt + response

@@ -142,7 +142,7 @@ def _replied(episode: Episode, limit: int, *, tokenizer: PreTrainedTokenizerBase
     Args:
         limit: tokens after the prompt.
     """
-    if episode.parts[-1][-1] not in eos_token_ids or episode.num_tokens == limit:
+    if episode.num_tokens == limit:  # the turn was cut off, or ended just there
         return False
     reply = reply_of(episode.environment, episode.conversation)
     if reply is None:

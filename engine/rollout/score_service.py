@@ -3,6 +3,8 @@
 One POST per rank and iteration, JSON both ways:
 
     {"prompts": [...], "responses": [...], "columns": {"answer": [...]}}  ->  {"scores": [0.5, ...]}
+
+In a run with an environment `columns` has whole dialogues too, `conversations`: a list of messages each.
 """
 
 import time

@@ -5,7 +5,7 @@ import json
 import pytest
 import tiny
 import torch
-from runs import Log, build, digest, weights
+from runs import Log, build, digest
 from test_laws import furthest
 from torch.nn import functional as F
 
@@ -110,24 +110,21 @@ def with_many_ends(config):
     return trainer, prompts
 
 
-def trained(config, keep_weights=False):
+def trained(config):
     trainer, prompts = with_many_ends(config)
     log = Log()
     trainer.train(prompts, config.num_iterations, log)
-    kept = {role: weights(getattr(trainer, role)) for role in ("actor", "critic")} if keep_weights else {}
     return dict(
         metrics=log.metrics,
         samples=log.samples,
-        weights=kept,
         digests=[digest(trainer.actor), digest(trainer.critic)],
-        steps=len(trainer.steps),
     )
 
 
 @pytest.fixture(scope="module")
 def plain(run_ranks, tmp_path_factory):
     """The run the others are compared with: ZeRO 0, two ranks."""
-    return run_ranks(trained, tiny.ppo_config(tmp_path_factory.mktemp("plain"), zero_stage=0, **chat()), True)
+    return run_ranks(trained, tiny.ppo_config(tmp_path_factory.mktemp("plain"), zero_stage=0, **chat()))
 
 
 # What may not change the numbers
@@ -154,7 +151,7 @@ def test_episodes_of_different_lengths_are_trained_on(plain):
 )
 def test_ranks_and_sharding_leave_the_numbers_alone(run_ranks, config, tmp_path, plain, kind, world_size, more):
     run = run_ranks(trained, config(**tiny.sharding(kind, tmp_path), **more), world_size=world_size)[0]
-    assert furthest(run["metrics"], plain[0]["metrics"]) < 1e-4
+    assert furthest(run["metrics"], plain[0]["metrics"]) < 1e-5
 
 
 @pytest.mark.parametrize("sharded", [False, True])

@@ -37,7 +37,7 @@ BETWEEN = len("\nuser: ") + 1 + len("\nassistant: ")  # the template's tokens ro
 def play(monkeypatch):
     """`play(environment, *turns_of_rows, limit, max_turns=None)`: (episodes, calls of the sampler) on one rank.
 
-    A turn is text; it ends by itself unless it ends with "~", and it is cut where the sampler is told to.
+    A turn is text; it ends by itself, unless it is cut off where the sampler is told to.
     """
     monkeypatch.setattr(module.comm, "any_true", bool)
     monkeypatch.setattr(module.comm, "gathered_objects", lambda value: [value])
@@ -53,8 +53,7 @@ def play(monkeypatch):
             said = []
             for ids, room in zip(asked, limits, strict=True):
                 text = left[ids[0] - 2].pop(0)
-                turn = TOKENIZER(text.removesuffix("~"))["input_ids"] + [EOS] * (not text.endswith("~"))
-                said.append(turn[:room])
+                said.append([*TOKENIZER(text)["input_ids"], EOS][:room])
             return Responses(said, [[-float(len(turn))] * len(turn) for turn in said])
 
         @contextmanager
@@ -142,9 +141,9 @@ def test_an_environment_that_never_ends_is_ended_by_the_token_limit(play, room, 
 
 
 def test_a_turn_that_was_cut_off_ends_the_episode(play):
-    found, _ = play(Forever, ["abc~", "-"], ["abcdefghij", "-"], limit=8)
-    assert texts(found, 0) == ["p0", "abc"] and texts(found, 1) == ["p1", "abcdefgh"]
-    assert ended(found.sequences, [EOS]).tolist() == [False, False]
+    found, _ = play(Forever, ["abcdefg", "-"], ["abcdefgh", "-"], limit=8)
+    assert texts(found, 0) == ["p0", "abcdefg"] and texts(found, 1) == ["p1", "abcdefgh"]
+    assert ended(found.sequences, [EOS]).tolist() == [True, False]
 
 
 def test_nobody_is_asked_when_there_is_no_place_for_an_answer(play):
