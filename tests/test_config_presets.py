@@ -29,6 +29,8 @@ TABLE = [
     ("loss_mean", "tokens", "tokens", "tokens", "tokens"),
 ]
 LITERATURE = [
+    ("shared_trunk", True),
+    ("value_coef", 0.1),
     ("kl_coef", 0.2),
     ("kl_controller", "ziegler"),
     ("kl_target", 6.0),
@@ -138,7 +140,8 @@ def test_it_does_not_matter_where_on_the_line_the_preset_stands(recipe):
 def test_a_recipe_and_flags_change_the_presets_adapter_in_part(recipe):
     changed = parsed(*recipe(actor={"lora": {"r": 4}}), "--actor.lora.alpha", "2", preset="literature").actor
     assert (changed.lora.r, changed.lora.alpha, len(changed.lora.target_modules)) == (4, 2.0, 7)
-    without = parsed("--actor.lora.r", "0", "--actor.quantization", "null", preset="literature").actor
+    flags = ["--shared_trunk", "false", "--actor.lora.r", "0", "--actor.quantization", "null"]
+    without = parsed(*flags, preset="literature").actor
     assert not without.has_adapter and without.quantization is None
 
 

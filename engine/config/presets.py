@@ -7,9 +7,11 @@ what this engine does in one way only: masks from lengths, whitening and means o
 from typing import Any
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # The demo of early PPO for language models, one model of 4 bits. Its LoRA has a dropout of 0.05, which PPO refuses
-    # (SteadyLoRAConfig). Learning rates and whitening: ours.
+    # The demo of early PPO for language models: one model of 4 bits for all roles. Its LoRA has a dropout of 0.05,
+    # which PPO refuses (SteadyLoRAConfig). Learning rates and whitening: ours.
     "literature": {
+        "shared_trunk": True,  # actor and critic on one adapter, the ref without it
+        "value_coef": 0.1,
         "kl_coef": 0.2,  # where an adaptive coefficient begins
         "kl_controller": "ziegler",  # Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, section 2.2
         "kl_target": 6.0,
