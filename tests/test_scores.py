@@ -14,6 +14,7 @@ from engine.scores import final_number, honesty
         ("minus -3", "-3", 1),
         ("none at all", "#### 0", 0),
         ("", "#### 5", 0),
+        ("none", "#### none either", 0),
         ("70000", "70,000", 1),
     ],
 )

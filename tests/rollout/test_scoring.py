@@ -3,6 +3,7 @@
 import asyncio
 import math
 import sys
+import threading
 import time
 
 import pytest
@@ -240,7 +241,17 @@ def test_a_function_may_take_so_long_and_no_longer(function):
     with pytest.raises(ValueError, match=rf"{function.__name__} took longer than reward\.timeout_s=0\.2"):
         scores_of_function(function, PROMPTS, RESPONSES, {}, timeout_s=0.2)
     assert time.monotonic() - started < 3
+    waiting = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+    assert waiting and all(thread.daemon for thread in waiting), "what it left behind keeps no process from ending"
     assert scores_of_function(later, PROMPTS, RESPONSES, {}, timeout_s=3).tolist() == [1, 3]
+
+
+def test_what_it_raises_within_the_time_is_what_is_shown():
+    def fails(prompts, responses):
+        raise KeyError("no such answer")
+
+    with pytest.raises(ValueError, match=r"fails raised KeyError: .*no such answer"):
+        scores_of_function(fails, PROMPTS, RESPONSES, {}, timeout_s=5)
 
 
 def picky(prompts, responses, answer):
