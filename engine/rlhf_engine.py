@@ -116,17 +116,39 @@ class DeepSpeedRLHFEngine:
                 numbers of them.
 
         Raises:
-            ValueError: there is no reward model, or it does not read the actor's token ids.
+            ValueError: on every rank, when there is no reward model, it does not read the actor's token ids, or what
+                any rank gives is no rows of them (see `given`).
         """
         if self.reward is None or self.reward_reads_text:
             why = "there is none" if self.reward is None else "it has a tokenizer or chat template of its own"
             raise ValueError(f"reward_scores() asks the reward model about token ids, and {why}.")
-        mine = Sequences.of(*([[int(token) for token in row] for row in rows] for rows in (queries, responses)))
+        with comm.same_error_everywhere():
+            mine = self.given(queries, responses, caller="reward_scores()")
         scores = reward_model_scores(
             sequences_of_all_ranks(mine), self.reward, token_budget=self.args.micro_batch_tokens
         )
         before = comm.concatenated(torch.tensor([len(mine)], device=comm.device())).cpu()[: comm.rank()].sum()
         return scores[int(before) : int(before) + len(mine)].tolist()
+
+    def given(self, queries: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, caller: str) -> Sequences:
+        """What somebody who holds the loop hands over.
+
+        Raises:
+            ValueError: the lists do not fit together, a sequence is too long, or a token id is none.
+        """
+        if len(queries) != len(responses):
+            raise ValueError(f"{caller} was given {len(queries)} queries and {len(responses)} responses.")
+        sequences = Sequences.of(*([[int(token) for token in row] for row in rows] for rows in (queries, responses)))
+        longest = self.args.data.max_prompt_tokens + self.args.rollout.max_response_tokens
+        if len(sequences) and int(sequences.lengths.max()) > longest:
+            raise ValueError(
+                f"{caller} was given a sequence of {int(sequences.lengths.max())} tokens; data.max_prompt_tokens + "
+                f"rollout.max_response_tokens = {longest}."
+            )
+        known = vocabulary_size(self.tokenizer)
+        if len(sequences) and not (int(sequences.tokens.min()) >= 0 and int(sequences.tokens.max()) < known):
+            raise ValueError(f"{caller} was given a token id outside the tokenizer's 0 to {known - 1}.")
+        return sequences
 
     def _build_models(self, actor: str, critic: str, dtype: torch.dtype) -> None:
         """A model for every role, but for a ref that is the actor without its adapter."""

@@ -27,11 +27,14 @@ def main() -> None:
 def handler_of(function) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            sent = self.rfile.read(int(self.headers["Content-Length"]))
             try:
+                asked = json.loads(sent)
                 given = (asked["prompts"], asked["responses"], asked["columns"])
                 status, answer = 200, {"scores": scores_of_function(function, *given, timeout_s=None).tolist()}
-            except (KeyError, ValueError) as error:
+            except (KeyError, TypeError, json.JSONDecodeError) as error:
+                status, answer = 400, {"error": f"no such request is known: {error!r}"}
+            except ValueError as error:
                 status, answer = 500, {"error": str(error)}
             body = json.dumps(answer).encode()
             self.send_response(status)

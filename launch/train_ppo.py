@@ -6,6 +6,7 @@ Also under torchrun, and as plain `python` for one rank. Writes config.yaml, met
 exported actor/ and critic/ to the output folder. Leaves out: resuming (a run that ends early starts again).
 """
 
+import shutil
 from pathlib import Path
 
 from engine.config import PPOConfig, parse, run
@@ -51,17 +52,21 @@ def main() -> None:
         tracker = Tracker(config, num_iterations=num_iterations, is_main=comm.is_main())
     with tracker:
         trainer.train(prompts, num_iterations, tracker)
-        actor_form = config.actor.export_form
-        export_huggingface(rlhf_engine.actor, output_dir / "actor", tokenizer, form=actor_form)
-        if rlhf_engine.actor_ema is not None:
-            average = rlhf_engine.actor_ema
-            export_huggingface(rlhf_engine.actor, output_dir / "actor_ema", tokenizer, form=actor_form, average=average)
-        if rlhf_engine.critic is not None:
-            export_huggingface(rlhf_engine.critic, output_dir / "critic", tokenizer, form=config.critic.export_form)
-        elif rlhf_engine.actor.module.has_value_head:
-            export_critic_of_trunk(rlhf_engine.actor, output_dir / "critic", tokenizer)
+        actor, critic, average = rlhf_engine.actor, rlhf_engine.critic, rlhf_engine.actor_ema
+        form = config.actor.export_form
+        export_huggingface(actor, output_dir / "actor", tokenizer, form=form)
+        if average is not None:
+            export_huggingface(actor, output_dir / "actor_ema", tokenizer, form=form, average=average)
+        if critic is not None:
+            export_huggingface(critic, output_dir / "critic", tokenizer, form=config.critic.export_form)
+        elif actor.module.has_value_head:
+            export_critic_of_trunk(actor, output_dir / "critic", tokenizer)
+    written = {"actor": True, "actor_ema": average is not None, "critic": config.has_critic}
     if comm.is_main():
-        print(f"Done: {num_iterations} iterations. Metrics, samples and the exported actor and critic: {output_dir}")
+        for name in (name for name, is_new in written.items() if not is_new):
+            shutil.rmtree(output_dir / name, ignore_errors=True)  # of an earlier run into this folder
+        exported = ", ".join(name for name, is_new in written.items() if is_new)
+        print(f"Done: {num_iterations} iterations. Metrics, samples, {exported}: {output_dir}")
     comm.shutdown()
 
 

@@ -69,7 +69,7 @@ def test_a_value_that_cannot_be_is_refused_by_name(flags, said):
 
 @pytest.mark.parametrize("role", ["actor", "critic"])
 def test_ppo_refuses_dropout(role):
-    with pytest.raises(ValueError, match=r"lora\.dropout=0\.1: PPO compares .* Set it to 0"):
+    with pytest.raises(ValueError, match=r"^lora\.dropout=0\.1: PPO compares .* Set it to 0\.$"):
         parse(PPOConfig, [*PPO, f"--{role}.lora.dropout", "0.1"])
 
 

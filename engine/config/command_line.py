@@ -43,6 +43,10 @@ def parse(config_class: type[Config], args: Sequence[str] | None = None) -> Conf
         values = parser.instantiate(parser.parse_args(args))
     except ArgumentError as error:
         raise ValueError(f"{error}{_meant(str(error), parser)}\nSee --help for every name.") from None
+    except ValueError as error:  # of a group that may be left out, jsonargparse 4.53 says what it is not as well
+        causes = [line.removeprefix("  - ") for line in str(error).splitlines() if line.startswith("  - ")]
+        causes = [cause for cause in causes if "NoneType" not in cause]
+        raise ValueError("\n".join(causes) or str(error)) from None
     return config_class(**{name: values[name] for name in config_class.__dataclass_fields__})
 
 

@@ -245,8 +245,15 @@ class PPOConfig:
                     f"rollout_batch_size={self.rollout_batch_size} is not a multiple of {name}={divisor}. "
                     f"{self._sizes_for(self.micro_batch_size)}"
                 )
-        if self.reward.model_name_or_path is None and (self.reward.zero_stage, self.reward.ds_config) != (None, None):
-            raise ValueError("There is no reward model: reward.zero_stage and reward.ds_config do nothing.")
+        of_reward_model = (self.reward.zero_stage, self.reward.ds_config, self.reward.quantization)
+        if self.reward.model_name_or_path is None and of_reward_model != (None, None, None):
+            raise ValueError(
+                "There is no reward model: reward.zero_stage, reward.ds_config and reward.quantization do nothing."
+            )
+        if self.kl_controller != "fixed" and self.kl_coef == 0:
+            raise ValueError(f"kl_coef=0: kl_controller={self.kl_controller} multiplies it, and it would stay 0.")
+        if self.policy_loss == "penalty" and self.penalty_coef == 0:
+            raise ValueError("penalty_coef=0: policy_loss=penalty doubles or halves it, and it would stay 0.")
         if self.reward.overlong_tokens > self.rollout.max_response_tokens:
             raise ValueError(
                 f"reward.overlong_tokens={self.reward.overlong_tokens} is more than "

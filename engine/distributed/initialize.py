@@ -164,7 +164,7 @@ def stage_of(engine: DeepSpeedEngine) -> int:
 
 def parameter_bytes(engine: DeepSpeedEngine) -> int:
     """What the whole model takes; a byte holds two weights of 4 bits."""
-    return sum(math.prod(_whole_shape(p)) * p.element_size() for p in engine.module.parameters())
+    return sum(math.prod(whole_shape(p)) * p.element_size() for p in engine.module.parameters())
 
 
 def _built(build_model: Callable[[], nn.Module], config: dict[str, Any]) -> nn.Module:
@@ -190,9 +190,10 @@ def _parameters_sharded_as_made(config: dict[str, Any]) -> Iterator[None]:
         del switch
 
 
-def _whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """A weight's own, also where a rank holds a shard of it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))  # ds_shape: DeepSpeed's, on a ZeRO-3 shard
 
 
 def _rank(parameter: nn.Parameter) -> int:
-    return len(_whole_shape(parameter))
+    return len(whole_shape(parameter))

@@ -14,6 +14,7 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
 from engine.distributed import comm
+from engine.distributed.initialize import whole_shape
 
 
 class MovingAverage:
@@ -40,7 +41,7 @@ class MovingAverage:
 
     def whole(self, name: str) -> Tensor:
         """The average of one weight, on every rank, in the weight's shape and fp32. A collective."""
-        shape = _shape(self.parameters[name])
+        shape = whole_shape(self.parameters[name])
         flat = comm.concatenated(self.shards[name].to(comm.device()))
         return flat[: math.prod(shape)].view(shape)
 
@@ -51,7 +52,3 @@ def _shard(parameter: nn.Parameter) -> Tensor:
         return parameter.ds_tensor.detach()
     size = -(-parameter.numel() // comm.world_size())
     return parameter.detach().flatten()[comm.rank() * size : (comm.rank() + 1) * size]
-
-
-def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))  # ds_shape: DeepSpeed's, on a ZeRO-3 shard

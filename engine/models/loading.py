@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
@@ -34,7 +35,7 @@ def load_tokenizer(
     Raises:
         ValueError: there is no such model or template, or the tokenizer has no end-of-sequence token.
     """
-    folder = model_name_or_path if is_adapter else _found(model_name_or_path)
+    folder = str(Path(model_name_or_path).expanduser()) if is_adapter else _found(model_name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -89,10 +90,13 @@ def load_pretrained(
     folder, config = _found(model_name_or_path), _config(model_name_or_path, **overrides)
     saved_architectures, dropout = config.architectures, _switch_dropout_off(config)
     given = {"quantization_config": quantization_config(quantization, dtype=dtype)} if quantization else {}
-    with _quiet_transformers():
-        model, report = auto_class.from_pretrained(
-            folder, config=config, dtype=dtype, output_loading_info=True, **given
-        )
+    try:
+        with _quiet_transformers():
+            model, report = auto_class.from_pretrained(
+                folder, config=config, dtype=dtype, output_loading_info=True, **given
+            )
+    except (OSError, SafetensorError) as error:  # no weights, or half of a file
+        raise ValueError(f"The weights of {model_name_or_path} did not load: {error}") from error
     settle_quantised(model)
     model.missing_from_checkpoint = sorted(report["missing_keys"] - set(model.all_tied_weights_keys))
     model.saved_architectures, model.dropout_before_training = saved_architectures, dropout

@@ -106,7 +106,9 @@ def adapter_on(model: nn.Module, name: str) -> Iterator[None]:
 def adapted_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """The adapted layers by the names of the parameters that they adapt, as in `model.named_parameters()`."""
     return {
-        f"{name}.base_layer.weight": module for name, module in model.named_modules() if isinstance(module, LoraLayer)
+        f"{name}.base_layer.weight": module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and ADAPTER in module.lora_A  # and not a shared trunk's reward adapter alone
     }
 
 

@@ -83,9 +83,10 @@ def load_shared_trunk(
     if reward_adapter is None:
         return SharedTrunk(model, value_head=value_head)
     reward_head = nn.Linear(width, 1, bias=False, dtype=dtype).requires_grad_(False)
-    put_in_reward_adapter(model, reward_head, Path(reward_adapter), name=REWARD_ADAPTER)
+    folder = Path(reward_adapter).expanduser()
+    put_in_reward_adapter(model, reward_head, folder, name=REWARD_ADAPTER)
     trunk = SharedTrunk(model, value_head=value_head, reward_head=reward_head)
-    trunk.score_mean, trunk.score_std = score_normalisation(Path(reward_adapter))
+    trunk.score_mean, trunk.score_std = score_normalisation(folder)
     return trunk
 
 

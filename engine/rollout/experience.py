@@ -43,6 +43,7 @@ class Experience:
     advantages: Tensor  # (N,)
     returns: Tensor | None  # (N,) regression targets of the critic; None without a critic
     kl_coef: float  # of the penalty, wherever it is
+    left_out: Tensor  # (B,) bool: nobody could score these; they have a score of 0 and no response tokens
 
     def __post_init__(self):
         for name, tensor in self._per_token():
@@ -62,7 +63,13 @@ class Experience:
     def __getitem__(self, rows: Tensor) -> "Experience":
         tokens = ragged_index(self.sequences.response_lengths, rows)
         picked = {name: tensor[tokens] for name, tensor in self._per_token()}
-        return replace(self, sequences=self.sequences[rows], scores=self.scores[rows], **picked)
+        by_row = dict(sequences=self.sequences[rows], scores=self.scores[rows], left_out=self.left_out[rows])
+        return replace(self, **by_row, **picked)
+
+    @property
+    def num_scored(self) -> int:
+        """Responses that are learned from."""
+        return int((~self.left_out).sum())
 
     @property
     def is_finite(self) -> bool:
@@ -111,6 +118,7 @@ def shaped_experience(
     gamma: float,
     lam: float,
     value_label: Literal["gae", "monte_carlo", "temporal_difference"],
+    left_out: Tensor | None = None,
 ) -> Experience:
     """Rewards, advantages and returns from what was measured.
 
@@ -122,7 +130,9 @@ def shaped_experience(
         whitened: advantages are shifted and scaled over all responses together.
         group_size: responses per prompt.
         value_label: the critic's targets.
+        left_out: (B,) bool; nobody could score these, and their responses have been taken off the sequences.
     """
+    left_out = torch.zeros(len(scores), dtype=torch.bool) if left_out is None else left_out
     lengths = sequences.response_lengths
     mask = response_mask(lengths, int(lengths.max()))
     penalty = kl_coef if kl_placement == "reward" else 0.0
@@ -138,7 +148,9 @@ def shaped_experience(
         elif value_label == "temporal_difference":
             returns = temporal_difference(rewards, values, mask, gamma=gamma)
     else:
-        given = dict(kl_coef=penalty, estimator=advantage_estimator, group_size=group_size, gamma=gamma)
+        given = dict(
+            kl_coef=penalty, estimator=advantage_estimator, group_size=group_size, gamma=gamma, left_out=left_out
+        )
         advantages = critic_free_advantages(shaped_scores, kl, mask, **given)
     if whitened:
         advantages = whiten(advantages, mask)
@@ -150,6 +162,7 @@ def shaped_experience(
         advantages=advantages[mask],
         returns=None if returns is None else returns[mask],
         kl_coef=kl_coef,
+        left_out=left_out,
     )
 
 

@@ -23,7 +23,7 @@ class Scored(NamedTuple):
     """Of all ranks' responses, the same on every rank."""
 
     scores: Tensor  # (B,) fp32 on the CPU
-    failed: Tensor  # (B,) bool: nobody could say; the score is then the mean of the others'
+    failed: Tensor  # (B,) bool: nobody could say; the score is then 0
 
 
 class Scoring:
@@ -92,7 +92,7 @@ class Scoring:
             total += settings.function_weight * self._asked(self._of_function, prompts, texts, failed)
         if settings.url is not None:
             total += settings.url_weight * self._asked(self._of_service, prompts, texts, failed)
-        return Scored(_filled(total, failed, group_size=self.config.rollout.samples_per_prompt), failed)
+        return Scored(total.masked_fill(failed, 0), failed)
 
     def texts(self, responses: list[list[int]]) -> list[str]:
         """Without special tokens."""
@@ -170,13 +170,3 @@ class Scoring:
                     f"rollout.max_response_tokens."
                 )
         return sequences_of_all_ranks(mine)
-
-
-def _filled(scores: Tensor, failed: Tensor, *, group_size: int) -> Tensor:
-    """Scores of failed rows become the mean of their group's others, or of all others: neutral for any baseline."""
-    if not failed.any() or failed.all():
-        return scores
-    groups, known = scores.view(-1, group_size), (~failed).view(-1, group_size)
-    sums, counts = (groups * known).sum(1), known.sum(1)
-    means = torch.where(counts > 0, sums / counts.clamp(min=1), scores[~failed].mean())
-    return torch.where(failed, means.repeat_interleave(group_size), scores)

@@ -1,5 +1,6 @@
 """Code of the user's: found by its name, and where it was when it raised."""
 
+import asyncio
 import os
 import sys
 import traceback
@@ -31,6 +32,9 @@ def named(spec: str, *, setting: str) -> Any:
 
 
 def place_of(error: Exception, *, caller: str) -> str:
-    """` (file, line n)` of the first frame outside the file `caller`: the user's function itself; empty if none is."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != caller]
+    """` (file, line n)` of the first frame outside the file `caller` and asyncio: the user's function itself; empty if
+    none is.
+    """
+    ours = (caller, os.path.dirname(asyncio.__file__) + os.sep)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
     return "".join(f" ({frame.filename}, line {frame.lineno})" for frame in frames[:1])

@@ -40,7 +40,7 @@ class PolicyObjective:
         self.config, self.experience, self.ref = config, experience, ref
         self.kl_coef, self.penalty_coef = kl_coef, penalty_coef
         self.count = experience.sequences.num_response_tokens
-        lengths = experience.sequences.response_lengths
+        lengths = experience.sequences.response_lengths[~experience.left_out]
         self.token_weights = token_weights(
             lengths, mean=config.loss_mean, max_response_tokens=config.rollout.max_response_tokens
         )

@@ -99,13 +99,14 @@ def step_metrics(steps: list[dict[str, float]], *, left_out: Sequence[str]) -> d
 
 
 def experience_metrics(experience: Experience, *, eos_token_ids: list[int]) -> dict[str, float]:
-    """What was rolled out, the same on every rank.
+    """What was rolled out and scored, the same on every rank.
 
     `kl/ref_mean` and `reward/kl_penalty` are sums over a response's tokens, averaged over responses.
     """
-    sequences = experience.sequences
-    lengths, scores = sequences.response_lengths, experience.scores
-    kl_per_response = experience.kl.sum().item() / len(experience)
+    scored = experience[(~experience.left_out).nonzero().flatten()]
+    sequences, scores = scored.sequences, scored.scores
+    lengths = sequences.response_lengths
+    kl_per_response = experience.kl.sum().item() / len(scored)
     return {
         "score/mean": scores.mean().item(),
         "score/std": scores.std(correction=0).item(),

@@ -25,7 +25,6 @@ from engine.data import Examples, PromptBatch
 from engine.data.batches import endlessly
 from engine.data.sequences import Sequences
 from engine.distributed import comm
-from engine.models.loading import vocabulary_size
 from engine.rlhf_engine import DeepSpeedRLHFEngine
 from engine.rollout.environments import load_environment
 from engine.rollout.episodes import Episodes, played_episodes
@@ -72,6 +71,11 @@ class DeepSpeedPPOTrainer:
         Args:
             pretraining: minibatches of demonstrations, of all ranks, for `args.pretraining`.
         """
+        if (pretraining is None) != (args.pretraining is None):
+            raise ValueError(
+                "args.pretraining and the trainer's minibatches of demonstrations go together: pass "
+                "create_pretraining_dataset(args, tokenizer)."
+            )
         self.config, self.rlhf_engine, self.tokenizer = args, rlhf_engine, rlhf_engine.tokenizer
         self.actor, self.ref = rlhf_engine.actor, rlhf_engine.ref
         self.critic, self.reward = rlhf_engine.critic, rlhf_engine.reward
@@ -94,6 +98,7 @@ class DeepSpeedPPOTrainer:
         self.samples: list[dict[str, Any]] = []
         self.unscored = 0
         self.warned = False
+        self.drawn = 0  # responses that `generate` has drawn since the last step
 
     def train(self, prompts: Iterable[PromptBatch], num_iterations: int, tracker: Tracker) -> None:
         """The whole run; `prompts` is gone through as often as that takes."""
@@ -113,6 +118,7 @@ class DeepSpeedPPOTrainer:
             ValueError: on every rank, when a source of scores (see `Scoring.scores`) or an environment fails on any.
         """
         self.progress.iteration += 1
+        self.steps, self.drawn = [], 0
         prompts = prompts.repeated(self.config.rollout.samples_per_prompt)
         with self._timed("generate"):
             episodes = self.episodes(prompts)
@@ -131,11 +137,20 @@ class DeepSpeedPPOTrainer:
             queries: token ids, lists or 1-D tensors. A collective under ZeRO-3; ranks may hold different numbers.
 
         Returns:
-            Token ids, up to and including the end-of-sequence token.
+            Token ids, up to and including the end-of-sequence token. Another call draws others.
+
+        Raises:
+            ValueError: on every rank, when a query of any is empty, too long, or holds ids that are none.
         """
+        with comm.same_error_everywhere():
+            mine = self.rlhf_engine.given(queries, [[]] * len(queries), caller="generate()")
         with self._timed("generate"):
-            keys = [(self.config.seed, self.progress.iteration + 1, comm.rank(), row) for row in range(len(queries))]
-            return self.sampler.responses([_ids(query) for query in queries], keys).tokens
+            rows = range(self.drawn, self.drawn + len(mine))  # each call's noise is its own
+            keys = [(self.config.seed, self.progress.iteration + 1, comm.rank(), row) for row in rows]
+            self.drawn += len(mine)
+            return self.sampler.responses(
+                [row.tolist() for row in mine.tokens.split(mine.lengths.tolist())], keys
+            ).tokens
 
     def step(
         self, queries: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], scores: Sequence[float]
@@ -155,13 +170,16 @@ class DeepSpeedPPOTrainer:
             The iteration's metrics, of all ranks.
 
         Raises:
-            ValueError: on every rank, when lists do not fit together on any, or a sequence is too long.
+            ValueError: on every rank, when lists do not fit together on any, a sequence is too long, or responses that
+                are to be compared answer different queries.
         """
         self.progress.iteration += 1
+        self.drawn = 0
         with comm.same_error_everywhere():
             mine, my_scores = self._given(queries, responses, scores)
         with self._timed("score"):
             sequences = sequences_of_all_ranks(mine)
+            self._check_groups(sequences)
             everyones = comm.concatenated(my_scores.to(comm.device())).cpu()
             scored = Scored(everyones, torch.zeros(len(everyones), dtype=torch.bool))
             experience = self._experience(sequences, None, scored)
@@ -174,17 +192,27 @@ class DeepSpeedPPOTrainer:
             raise ValueError(
                 f"step() was given {len(queries)} queries, {len(responses)} responses and {len(scores)} scores."
             )
-        sequences = Sequences.of([_ids(query) for query in queries], [_ids(response) for response in responses])
-        longest = self.config.data.max_prompt_tokens + self.config.rollout.max_response_tokens
-        if len(sequences) and int(sequences.lengths.max()) > longest:
-            raise ValueError(
-                f"step() was given a sequence of {int(sequences.lengths.max())} tokens; data.max_prompt_tokens + "
-                f"rollout.max_response_tokens = {longest}."
-            )
-        known = vocabulary_size(self.tokenizer)
-        if len(sequences) and not (int(sequences.tokens.min()) >= 0 and int(sequences.tokens.max()) < known):
-            raise ValueError(f"step() was given a token id outside the tokenizer's 0 to {known - 1}.")
+        sequences = self.rlhf_engine.given(queries, responses, caller="step()")
         return sequences, checked_scores(scores, len(responses), "the caller of step()")
+
+    def _check_groups(self, sequences: Sequences) -> None:
+        """
+        Args:
+            sequences: of all ranks.
+
+        Raises:
+            ValueError: responses that are compared with each other answer different queries.
+        """
+        size = self.config.rollout.samples_per_prompt
+        if not self.config.compares_responses:
+            return
+        rows = zip(sequences.tokens.split(sequences.lengths.tolist()), sequences.prompt_lengths.tolist(), strict=True)
+        queries = [row[:length].tolist() for row, length in rows]
+        if len(queries) % size or any(queries[row] != queries[row - row % size] for row in range(len(queries))):
+            raise ValueError(
+                f"step(): advantage_estimator={self.config.advantage_estimator} compares "
+                f"rollout.samples_per_prompt={size} responses to one query, which have to be neighbours."
+            )
 
     def _experience(self, sequences: Sequences, behaviour_logprobs: Tensor | None, scored: Scored) -> Experience:
         """All that PPO needs to train on these responses, of all ranks; moves the KL controller on. A collective."""
@@ -201,7 +229,7 @@ class DeepSpeedPPOTrainer:
         )
         shaped_scores = self.shaped(scored, sequences)
         self.unscored = int(scored.failed.sum())
-        if self.unscored:  # such responses stay in every count of rows, and have no tokens to learn from
+        if self.unscored:  # such rows stay in their minibatches, and have no tokens to learn from
             of_rows = scored.failed.repeat_interleave(sequences.response_lengths)
             sequences, measured = sequences.without_responses(scored.failed), measured.of(~of_rows)
         experience = shaped_experience(
@@ -217,6 +245,7 @@ class DeepSpeedPPOTrainer:
             gamma=self.config.gamma,
             lam=self.config.lam,
             value_label=self.config.value_label,
+            left_out=scored.failed,
         )
         self.progress.kl_coef = self.next_kl_coef(experience)
         return experience
@@ -310,13 +339,13 @@ class DeepSpeedPPOTrainer:
 
     def next_kl_coef(self, experience: Experience) -> float:
         """The KL coefficient after an iteration with this KL per response."""
-        config, coef, kl = self.config, experience.kl_coef, experience.kl.sum().item() / len(experience)
+        config, coef, kl = self.config, experience.kl_coef, experience.kl.sum().item() / experience.num_scored
         if config.kl_controller == "fixed" or not experience.is_finite:
             return coef
         if config.kl_controller == "schulman":
             return schulman_kl_coef(coef, kl, target=config.kl_target)
         return ziegler_kl_coef(
-            coef, kl, target=config.kl_target, horizon=config.kl_horizon, num_responses=len(experience)
+            coef, kl, target=config.kl_target, horizon=config.kl_horizon, num_responses=experience.num_scored
         )
 
     def next_penalty_coef(self) -> float:
@@ -386,8 +415,3 @@ class DeepSpeedPPOTrainer:
         except torch.OutOfMemoryError as error:
             raise torch.OutOfMemoryError(f"Out of memory in phase {phase}: lower {SMALLER[phase]}. {error}") from error
         self.seconds[phase] = perf_counter() - started
-
-
-def _ids(tokens: Sequence[int]) -> list[int]:
-    """A list or 1-D tensor of token ids as a list."""
-    return [int(token) for token in tokens]

@@ -75,9 +75,7 @@ class PPOUpdate:
         objective = PolicyObjective(self.config, experience, ref=self.ref, **coefs)
         self.actor.train()
         self._backward_pretraining(step)  # its gradients add up to the policy's
-        for batch, last in marking_last(
-            my_micro_batches(experience.sequences, token_budget=self.config.micro_batch_tokens)
-        ):
+        for batch, last in marking_last(self._micro_batches(experience)):
             new = self.actor(
                 batch.input_ids,
                 batch.positions,
@@ -106,9 +104,7 @@ class PPOUpdate:
 
     def _backward_critic(self, experience: Experience, step: StepStatistics) -> None:
         self.critic.train()
-        for batch, last in marking_last(
-            my_micro_batches(experience.sequences, token_budget=self.config.micro_batch_tokens)
-        ):
+        for batch, last in marking_last(self._micro_batches(experience)):
             loss = self._value_loss(self.critic(batch.input_ids, batch.positions), experience, batch, step)
             accumulate(self.critic, self.config.value_coef * loss, last=last)
 

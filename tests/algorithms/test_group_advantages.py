@@ -37,6 +37,21 @@ def test_dr_grpo_and_rloo_by_hand():
 
 
 @pytest.mark.parametrize("function", [group_normalised, group_centred, leave_one_out])
+def test_what_nobody_scored_is_no_part_of_its_group(function):
+    scores, left_out = torch.tensor([1.0, 99.0, 2.0, 6.0, 5.0, 7.0, 7.0, 7.0]), torch.zeros(8, dtype=torch.bool)
+    left_out[[1, 5, 6, 7]] = True
+    found = function(scores, group_size=4, left_out=left_out)
+    torch.testing.assert_close(found[[0, 2, 3]], function(torch.tensor([1.0, 2.0, 6.0]), group_size=3))
+    assert found[[1, 4, 5, 6, 7]].tolist() == [0.0] * 5, "and who is alone is compared with nobody"
+
+
+@pytest.mark.parametrize("score", [1000.1, 0.1, -77.7])
+def test_equal_scores_have_no_advantage_whatever_their_size(score):
+    for size in range(2, 17):
+        assert group_normalised(torch.full((size,), score), group_size=size).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("function", [group_normalised, group_centred, leave_one_out])
 def test_a_constant_more_for_a_whole_group_changes_nothing(function):
     shifted = SCORES + torch.tensor([10.0] * 4 + [-3.0] * 4)
     torch.testing.assert_close(function(shifted, group_size=4), function(SCORES, group_size=4), atol=1e-5, rtol=0)

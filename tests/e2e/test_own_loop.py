@@ -91,6 +91,35 @@ def refusals(config):
     return said
 
 
+def other_refusals(config):
+    """Of what only rank 1 gets wrong."""
+    trainer, _ = build(config)
+    mine = comm.rank() == 1
+    calls = [
+        lambda: trainer.generate([[]] if mine else [[5]]),
+        lambda: trainer.generate([[5] * 99] if mine else [[5]]),
+        lambda: trainer.rlhf_engine.reward_scores([[5]] * (2 if mine else 1), [[6]]),
+        lambda: trainer.rlhf_engine.reward_scores([[5]], [[10_000 if mine else 6]]),
+        lambda: trainer.step([[5], [5 + mine]], [[6], [6]], [1.0, 2.0]),
+    ]
+    said = []
+    for call in calls:
+        try:
+            call()
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def test_what_one_rank_gets_wrong_is_refused_on_all(run_ranks, ppo_config):
+    config = ppo_config(advantage_estimator="rloo", rollout__samples_per_prompt=2)
+    first, second = run_ranks(other_refusals, config)
+    assert first == second and len(first) == 5
+    parts = ("without tokens", "99 tokens", "2 queries and 1 responses", "token id outside", "to one query")
+    for message, part in zip(first, parts, strict=True):
+        assert part in message
+
+
 def test_lists_that_do_not_fit_are_refused_on_all_ranks(run_ranks, ppo_config):
     first, second = run_ranks(refusals, ppo_config())
     assert first == second and len(first) == 6

@@ -106,8 +106,7 @@ def test_a_response_that_cannot_be_scored_is_left_out_of_training(run_ranks, ppo
     assert first == second and first["failed"] == 1 and len(first["scores"]) == 8
     (row,) = [row for row, length in enumerate(first["lengths"]) if length == 0]
     assert first["texts"][row] == tiny.PROMPTS[3]
-    others = [score for n, score in enumerate(first["scores"]) if n != row]
-    assert first["scores"][row] == pytest.approx(sum(others) / 7)
+    assert first["scores"][row] == 0 and sum(score > 0 for score in first["scores"]) > 3
     runs = [run_ranks(train, ppo_config(**given), world_size=size)[0]["metrics"] for size in (1, 2)]
     assert furthest(*runs) < 1e-5 and {line["score/failed"] for line in runs[0]} == {1}
 

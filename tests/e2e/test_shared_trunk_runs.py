@@ -175,6 +175,36 @@ def test_scores_are_those_of_the_reward_model_that_was_exported(run_ranks, tmp_p
     assert abs(found[0] - found[1]) > 1e-3
 
 
+def exported_with_other_layers(config, folder):
+    """Exports after training, with an average, where the two adapters are on other layers."""
+    trainer, prompts = build(config)
+    trainer.train(prompts, config.num_iterations, Log())
+    average = trainer.rlhf_engine.actor_ema
+    for name, given in (("actor", {}), ("actor_ema", dict(average=average))):
+        export_huggingface(trainer.actor, Path(folder) / name, trainer.tokenizer, **given)
+    export_critic_of_trunk(trainer.actor, Path(folder) / "critic", trainer.tokenizer)
+    return trainer.rlhf_engine.reward_scores(*ASKED)
+
+
+@pytest.mark.parametrize("kind", [2, "strict"])
+@torch.no_grad()
+def test_the_two_adapters_may_be_on_other_layers_and_the_average_moves(run_ranks, tmp_path, kind):
+    few = SteadyLoRAConfig(r=4, target_modules=["q_proj"])
+    config = shared(tmp_path, actor__lora=few, ema_decay=0.5, **tiny.sharding(kind, tmp_path))
+    run_ranks(exported_with_other_layers, config, str(tmp_path))
+    start = AutoModelForCausalLM.from_pretrained(local_name(tiny.LLAMA)).state_dict()
+    actor, average = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("actor", "actor_ema")
+    )
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "critic")
+    for name, weight in start.items():
+        assert torch.equal(actor[name], weight) == ("q_proj" not in name), name
+        assert torch.equal(average[name], weight) == ("q_proj" not in name), name
+    assert not torch.equal(
+        actor["model.layers.0.self_attn.q_proj.weight"], average["model.layers.0.self_attn.q_proj.weight"]
+    )
+
+
 def sizes(config):
     return build(config)[0].rlhf_engine.parameter_bytes()
 
@@ -191,7 +221,6 @@ def test_one_model_in_memory_in_place_of_four(run_ranks, tmp_path):
         dict(advantage_estimator="rloo", rollout__samples_per_prompt=2),
         dict(reward__function="tiny:share_of_small_letters"),
         dict(model=tiny.WIDE_LLAMA, actor__quantization="nf4", zero_stage=2),
-        dict(ema_decay=0.9),
     ],
 )
 def test_other_modes_go_together_with_it(run_ranks, tmp_path, given):

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import shutil
 import time
 from pathlib import Path
 
@@ -291,3 +292,13 @@ def test_a_hub_models_fingerprint_is_its_commit_whether_its_weights_are_here_or_
     before = fingerprint("someone/model")
     (snapshot / "model.safetensors").write_bytes(b"1")
     assert fingerprint("someone/model") == before == [("someone/model", "0123abc")]
+
+
+@pytest.mark.parametrize("left", [None, 100])
+def test_weights_that_are_not_there_or_cut_short_are_one_message(tmp_path, left):
+    """A folder without weights, and one with half a file."""
+    shutil.copytree(local_name(LLAMA), tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    path.unlink() if left is None else path.write_bytes(path.read_bytes()[:left])
+    with pytest.raises(ValueError, match=r"^The weights of .*model did not load: "):
+        load_pretrained(AutoModelForCausalLM, str(tmp_path / "model"), dtype=torch.float32)

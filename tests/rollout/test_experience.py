@@ -76,6 +76,16 @@ def test_shaping_is_the_algorithms_on_padded_tensors(value_label):
     assert all(torch.equal(getattr(shaped, name), getattr(measured, name)) for name in MEASURED)
 
 
+@pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo"])
+def test_equal_responses_have_no_advantage_beside_one_that_nobody_scored(estimator):
+    """Its KL went with its response, so that filling its score in would set it apart."""
+    sequences = Sequences.of([[5]] * 4, [[6, 7], [], [6, 7], [6, 7]])
+    measured = Measurements(**{name: torch.full((6,), 0.5) for name in MEASURED})
+    scores, left_out = torch.tensor([2.0, 0.0, 2.0, 2.0]), torch.tensor([False, True, False, False])
+    given = GIVEN | dict(advantage_estimator=estimator, whitened=False, group_size=4, left_out=left_out)
+    assert shaped_experience(sequences, scores, measured, **given).advantages.abs().max() < 1e-6
+
+
 def test_shaping_by_hand():
     """One response of two tokens and one of one: r = -0.5 kl (+ score at the end), gamma 1, lambda 1."""
     sequences = Sequences.of([[1], [1]], [[2, 3], [4]])

@@ -18,7 +18,7 @@ from engine.models.random_init import byte_tokenizer
 from engine.rollout import scoring
 from engine.rollout.reward_text import sequences_for_another_tokenizer
 from engine.rollout.score_functions import load_score_function, scores_of_function, scores_one_by_one
-from engine.rollout.scoring import Scoring, _filled
+from engine.rollout.scoring import Scoring
 
 PROMPTS, RESPONSES = ["p", "q"], ["a", "bcd"]
 
@@ -278,15 +278,6 @@ def test_a_function_that_takes_too_long_judges_none():
     assert calls == [PROMPTS], "row by row it would take longer still"
 
 
-def test_what_failed_gets_the_mean_of_its_group_or_of_all():
-    given = torch.tensor([1.0, 3.0, 0.0, 0.0, 0.0, 8.0])
-    failed = torch.tensor([False, False, True, True, True, False])
-    assert _filled(given, failed, group_size=1).tolist() == [1, 3, 4, 4, 4, 8]
-    assert _filled(given, failed, group_size=2).tolist() == [1, 3, 4, 4, 8, 8]
-    assert _filled(given, failed, group_size=3).tolist() == [1, 3, 2, 8, 8, 8]
-    assert _filled(given, torch.ones(6, dtype=torch.bool), group_size=3).tolist() == given.tolist(), "no mean of none"
-
-
 # Sources together, on one rank: several are in e2e/test_scores_from_anywhere.py
 
 
@@ -334,10 +325,10 @@ def scored(tmp_path, monkeypatch):
 
 
 def test_what_one_source_cannot_judge_is_unscored_whatever_the_next_says(scored, capsys):
-    """2 x length + 10 / 2; the second gets what its neighbour has, the other response to its prompt."""
+    """2 x length + 10 / 2."""
     scores, failed = scored(of_a_service())
     assert failed.tolist() == [False, True, False, False]
-    assert scores.tolist() == [11, 11, 7, 9]
+    assert scores.tolist() == [11, 0, 7, 9]
     assert (
         "1 of 4 responses are left out, unscored: the score function not_of_b raised KeyError"
         in capsys.readouterr().out

@@ -29,7 +29,9 @@ def loss(folder, *, new=(-1.0, -1.0, -1.0), hidden=None, actor=None, ref=None, *
     flat = {name: torch.full((4,), math.nan) for name in PER_TOKEN}  # nothing else is looked at
     named = dict(logprobs=OLD, ref_logprobs=REF, behaviour_logprobs=DRAWN_WITH, advantages=[9.0, 1.0, 2.0, 4.0])
     flat |= {name: torch.tensor(numbers) for name, numbers in named.items()}
-    experience = Experience(sequences=sequences, scores=torch.zeros(2), **flat, kl_coef=0.5)
+    experience = Experience(
+        sequences=sequences, scores=torch.zeros(2), **flat, kl_coef=0.5, left_out=torch.zeros(2, dtype=torch.bool)
+    )
     config = tiny.ppo_config(folder, kl_coef=7.0, penalty_coef=7.0, rollout__max_response_tokens=4, **settings)
     objective = PolicyObjective(config, experience, kl_coef=0.5, penalty_coef=2.0, ref=ref)
     said = TokenLogprobs(torch.tensor(new), hidden=hidden, entropy=torch.tensor([1.0, 2.0, 3.0]))

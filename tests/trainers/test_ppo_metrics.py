@@ -1,6 +1,7 @@
 """ppo_metrics.py by hand arithmetic. One rank: what several ranks add up to is checked with real ranks elsewhere."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,13 @@ def experience(responses, scores, **tensors) -> Experience:
     sequences = Sequences.of([[5, EOS]] * len(responses), responses)  # prompts that end like a response
     flat = {name: torch.zeros(sequences.num_response_tokens) for name in PER_TOKEN}
     flat |= {name: torch.tensor(values) for name, values in tensors.items()}
-    return Experience(sequences=sequences, scores=torch.tensor(scores), **flat, kl_coef=0.25)
+    return Experience(
+        sequences=sequences,
+        scores=torch.tensor(scores),
+        **flat,
+        kl_coef=0.25,
+        left_out=torch.zeros(len(scores), dtype=torch.bool),
+    )
 
 
 def test_what_was_rolled_out():
@@ -48,6 +55,14 @@ def test_what_was_rolled_out():
         },
         abs=1e-6,
     )
+
+
+def test_what_nobody_scored_is_in_no_mean():
+    both = experience([[7, EOS], [], [7, 7, 9]], [1.0, 0.0, 2.0], kl=[0.5, 0.5, 1.0, 1.0, 1.0])
+    left_out = replace(both, left_out=torch.tensor([False, True, False]))
+    alone = experience([[7, EOS], [7, 7, 9]], [1.0, 2.0], kl=[0.5, 0.5, 1.0, 1.0, 1.0])
+    assert experience_metrics(left_out, eos_token_ids=[EOS]) == experience_metrics(alone, eos_token_ids=[EOS])
+    assert experience_metrics(alone, eos_token_ids=[EOS])["kl/ref_mean"] == 2.0
 
 
 def test_all_responses_empty_are_finite_numbers():

@@ -5,6 +5,7 @@ Its methods are called on a stand-in that has what they look at.
 
 import math
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from engine.algorithms.rewards import Moments
 from engine.data.sequences import Sequences
 from engine.models.random_init import byte_tokenizer
+from engine.rlhf_engine import DeepSpeedRLHFEngine
 from engine.rollout.generation import Responses
 from engine.rollout.scoring import Scored
 from engine.trainers.ppo_metrics import MEANS_OF_STEPS
@@ -53,10 +55,12 @@ def test_the_penalty_is_doubled_or_halved_to_keep_the_kl_near_its_target(tmp_pat
 
 
 class Rollout(SimpleNamespace):
-    """What the KL controller looks at: four responses."""
+    """What the KL controller looks at: four responses that were scored, and one that was not."""
+
+    num_scored = 4
 
     def __len__(self):
-        return 4
+        return 5
 
 
 @pytest.mark.parametrize(
@@ -139,17 +143,22 @@ def test_a_loop_of_ones_own_draws_with_another_seeds_and_another_iterations_nois
             config=tiny.ppo_config(tmp_path, seed=seed),
             progress=Progress(),
             sampler=SimpleNamespace(responses=responses),
+            rlhf_engine=SimpleNamespace(given=lambda *rows, caller: Sequences.of(*rows)),
+            drawn=0,
             _timed=lambda phase: nullcontext(),
         )
         for trainer.progress.iteration in range(3):
-            assert DeepSpeedPPOTrainer.generate(trainer, [[5], [5]]) == [[EOS]] * 2
-    assert len(set(drawn)) == len(drawn) == 12
+            trainer.drawn = 0
+            for _ in range(2):  # asked twice it draws twice
+                assert DeepSpeedPPOTrainer.generate(trainer, [[5], [5]]) == [[EOS]] * 2
+    assert len(set(drawn)) == len(drawn) == 24
 
 
 def given(folder, query, response):
     """Sequences and scores of one row, as `step` takes them: at most 32 + 12 tokens, ids of the byte tokenizer."""
-    trainer = SimpleNamespace(config=tiny.ppo_config(folder), tokenizer=byte_tokenizer())
-    return DeepSpeedPPOTrainer._given(trainer, [query], [response], [1.0])
+    rlhf_engine = SimpleNamespace(args=tiny.ppo_config(folder), tokenizer=byte_tokenizer())
+    rlhf_engine.given = partial(DeepSpeedRLHFEngine.given, rlhf_engine)
+    return DeepSpeedPPOTrainer._given(SimpleNamespace(rlhf_engine=rlhf_engine), [query], [response], [1.0])
 
 
 def test_a_step_takes_what_just_fits_and_nothing_more(tmp_path):
