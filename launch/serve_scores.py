@@ -10,6 +10,7 @@ import argparse
 import json
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from engine.config import run
 from engine.rollout.score_functions import load_score_function, scores_of_function
 
 
@@ -47,4 +48,4 @@ def handler_of(function) -> type[BaseHTTPRequestHandler]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -6,9 +6,9 @@ import pytest
 import tiny
 import torch
 
+from engine.models.adapter_folder import adapter_config
 from engine.models.language_model import hidden_states, load_language_model
 from engine.models.lora import (
-    adapter_config,
     adapter_off,
     is_adapter,
     name_without_adapter,
