@@ -130,20 +130,25 @@ class DeepSpeedRLHFEngine:
         before = comm.concatenated(torch.tensor([len(mine)], device=comm.device())).cpu()[: comm.rank()].sum()
         return scores[int(before) : int(before) + len(mine)].tolist()
 
-    def given(self, queries: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, caller: str) -> Sequences:
-        """What somebody who holds the loop hands over.
+    def given(
+        self, queries: Sequence[Sequence[int]], responses: Sequence[Sequence[int]] | None, *, caller: str
+    ) -> Sequences:
+        """What somebody who holds the loop hands over; without `responses`, queries that leave room for one.
 
         Raises:
             ValueError: the lists do not fit together, a sequence is too long, or a token id is none.
         """
+        longest, said = self.args.data.max_prompt_tokens, "data.max_prompt_tokens"
+        if responses is None:
+            responses = [[]] * len(queries)
+        else:
+            longest, said = longest + self.args.rollout.max_response_tokens, f"{said} + rollout.max_response_tokens"
         if len(queries) != len(responses):
             raise ValueError(f"{caller} was given {len(queries)} queries and {len(responses)} responses.")
         sequences = Sequences.of(*([[int(token) for token in row] for row in rows] for rows in (queries, responses)))
-        longest = self.args.data.max_prompt_tokens + self.args.rollout.max_response_tokens
         if len(sequences) and int(sequences.lengths.max()) > longest:
             raise ValueError(
-                f"{caller} was given a sequence of {int(sequences.lengths.max())} tokens; data.max_prompt_tokens + "
-                f"rollout.max_response_tokens = {longest}."
+                f"{caller} was given a sequence of {int(sequences.lengths.max())} tokens; {said} = {longest}."
             )
         known = vocabulary_size(self.tokenizer)
         if len(sequences) and not (int(sequences.tokens.min()) >= 0 and int(sequences.tokens.max()) < known):

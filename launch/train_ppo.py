@@ -47,6 +47,8 @@ def main() -> None:
     if comm.is_main():
         sizes = ", ".join(f"{role} {size / 2**20:.1f}" for role, size in rlhf_engine.parameter_bytes().items())
         print(f"Weights in memory, MiB: {sizes}", flush=True)
+        for name, why in config.without_effect.items():
+            print(f"Note: {name} has no effect in this run: {why}.", flush=True)
     trainer = DeepSpeedPPOTrainer(rlhf_engine, config, pretraining)
     with comm.same_error_everywhere():
         tracker = Tracker(config, num_iterations=num_iterations, is_main=comm.is_main())

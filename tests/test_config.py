@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import tiny
 import yaml
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
@@ -101,20 +102,29 @@ def test_an_unknown_name_in_a_recipe_is_refused_by_name(tmp_path, line):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("name", "value", "said"),
     [
-        ("--seed", "abc"),
-        ("--rollout_batch_size", "3.5"),
-        ("--actor.learning_rate", "fast"),
-        ("--zero_stage", "4"),
-        ("--dtype", "float8"),
-        ("--kl_estimator", "k4"),
-        ("--actor.gradient_checkpointing", "perhaps"),
+        ("seed", "abc", "a whole number"),
+        ("rollout_batch_size", "3.5", "a whole number"),
+        ("num_iterations", "ten", "a whole number"),  # or nothing: jsonargparse lists both
+        ("actor.learning_rate", "fast", "a number"),
+        ("zero_stage", "4", "one of 0, 1, 2, 3"),
+        ("dtype", "float8", "one of 'auto', 'float32', 'bfloat16', 'float16'"),
+        ("kl_estimator", "k4", "one of 'full', 'k1', 'k2', 'k3'"),
+        ("actor.gradient_checkpointing", "perhaps", "true or false"),
+        ("actor.lora.r", "eight", "a whole number"),  # of a group that may be left out
+        ("actor.lora.target_modules", "q_proj", "a list, as in [one, two]"),
+        ("actor.lora", "8", "a group of settings, which are set one by one"),
     ],
 )
-def test_a_value_of_the_wrong_type_is_refused_by_name(recipe, name, value):
-    with pytest.raises(ValueError, match=re.escape(name[2:])):
-        parse(PPOConfig, [*recipe, name, value])
+def test_a_value_of_the_wrong_type_is_refused_in_a_sentence(recipe, name, value, said):
+    with pytest.raises(ValueError, match=rf"^{re.escape(f'{name}={value} is not {said}.')}\nSee --help"):
+        parse(PPOConfig, [*recipe, f"--{name}", value])
+
+
+def test_what_a_group_needs_is_named_with_the_group(recipe):
+    with pytest.raises(ValueError, match=r"^pretraining\.data\.train is not set\.\n"):
+        parse(PPOConfig, [*recipe, "--pretraining.coef", "1"])
 
 
 def test_a_missing_recipe_is_a_readable_error():
@@ -305,7 +315,9 @@ def test_derived_sizes():
 def test_dtype_auto_follows_the_device():
     assert resolved_dtype("auto", on_gpu=True) == "bfloat16"
     assert resolved_dtype("auto", on_gpu=False) == "float32"
-    assert resolved_dtype("float16", on_gpu=False) == "float16"
+    assert resolved_dtype("float16", on_gpu=True) == "float16"
+    with pytest.raises(ValueError, match="dtype=float16 needs a GPU"):
+        resolved_dtype("float16", on_gpu=False)
 
 
 # Which model and which sharding a role gets
@@ -449,3 +461,29 @@ def test_numbers_outside_their_range(role, field, value):
 
 def test_the_critics_learning_rate_is_its_own_in_python_too():
     assert config(critic=CriticConfig(zero_stage=3)).critic.learning_rate == 5e-6
+
+
+@pytest.mark.parametrize(
+    ("given", "idle"),
+    [
+        ({}, {}),
+        (dict(lam=0.9, gamma=0.9, value_coef=0.5, critic__learning_rate=1e-5), {}),
+        (
+            dict(advantage_estimator="rloo", lam=0.9, gamma=0.9, value_coef=0.5, critic__learning_rate=1e-5),
+            dict.fromkeys(("lam", "gamma", "value_coef", "critic"), "advantage_estimator=rloo"),
+        ),
+        (
+            dict(advantage_estimator="reinforce_plus_plus_baseline", gamma=0.9, value_label="monte_carlo"),
+            {"value_label": "advantage_estimator=reinforce_plus_plus_baseline"},
+        ),
+        (dict(target_kl=0.1, ppo_epochs=1), {"target_kl": "ppo_epochs=1"}),
+        (dict(target_kl=0.1, ppo_epochs=2), {}),
+        (dict(policy_loss="penalty", clip_range=0.1, penalty_coef=0.5), {"clip_range": "policy_loss=penalty"}),
+        (dict(penalty_target=0.5), {"penalty_target": "policy_loss=clip"}),
+        (dict(kl_controller="schulman", kl_target=3.0, kl_horizon=50.0), {"kl_horizon": "kl_controller=schulman"}),
+        (dict(kl_target=3.0), {"kl_target": "kl_controller=fixed"}),
+    ],
+)
+def test_what_nothing_looks_at_is_told(tmp_path, given, idle):
+    config = tiny.ppo_config(tmp_path, **dict(critic__learning_rate=5e-6, rollout__samples_per_prompt=2) | given)
+    assert config.without_effect == idle

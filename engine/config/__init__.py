@@ -7,7 +7,7 @@ exist is refused. How memory is sharded is not here but in `ds_configs/`.
 from engine.config.checks import DS_CONFIGS
 from engine.config.command_line import as_dict, parse, run
 from engine.config.data import DataConfig, DemonstrationDataConfig, PreferenceDataConfig
-from engine.config.ppo import PPOConfig, PretrainingConfig, RolloutConfig
+from engine.config.ppo import PPOConfig
 from engine.config.roles import (
     CriticConfig,
     FrozenRoleConfig,
@@ -18,6 +18,7 @@ from engine.config.roles import (
     TrainedRoleConfig,
     resolved_dtype,
 )
+from engine.config.rollout import PretrainingConfig, RolloutConfig
 from engine.config.supervised import DPOConfig, RewardModelConfig, SFTConfig, SupervisedConfig
 from engine.config.tracking import TrackingConfig
 

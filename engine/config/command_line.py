@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -42,7 +43,7 @@ def parse(config_class: type[Config], args: Sequence[str] | None = None) -> Conf
     try:
         values = parser.instantiate(parser.parse_args(args))
     except ArgumentError as error:
-        raise ValueError(f"{error}{_meant(str(error), parser)}\nSee --help for every name.") from None
+        raise ValueError(f"{_plainly(str(error))}{_meant(str(error), parser)}\nSee --help for every name.") from None
     except ValueError as error:  # of a group that may be left out, jsonargparse 4.53 says what it is not as well
         causes = [line.removeprefix("  - ") for line in str(error).splitlines() if line.startswith("  - ")]
         causes = [cause for cause in causes if "NoneType" not in cause]
@@ -87,6 +88,34 @@ def run(main: Callable[[], None]) -> None:
         if frame.f_globals["__name__"].split(".")[0] not in ("engine", "__main__"):
             raise
         sys.exit(f"ValueError: {error}")
+
+
+# What jsonargparse 4.53 calls what was expected -> what a user calls it.
+EXPECTED = {
+    r"<class 'int'>": "a whole number",
+    r"<class 'float'>": "a number",
+    r"<class 'bool'>": "true or false",
+    r"<class 'str'>": "a text",
+    r"<class 'list'>": "a list, as in [one, two]",
+    r"dot import path string.*": "a group of settings, which are set one by one",
+    r"typing\.Literal\[(.*)\]": r"one of \1",
+}
+
+
+def _plainly(message: str) -> str:
+    """What jsonargparse says of a value that does not fit, in a sentence; as it is where it is about something else."""
+    name = ".".join(re.findall(r'Parser key "([^"]+)":', message))
+    if missing := re.search(r"arguments are required: (.+)", message):
+        return f"{name + '.' if name else ''}{missing[1]} is not set."
+    given = re.search(r"(?:Got|Given) value: (.*)", message)  # the innermost comes first
+    words = re.findall(r"Expected an? (.+?)(?:\. Got value: .*)?$", message, flags=re.MULTILINE)
+    expected = [
+        re.sub(pattern, said, word)
+        for word in words
+        for pattern, said in EXPECTED.items()
+        if re.fullmatch(pattern, word)
+    ]
+    return f"{name}={given[1]} is not {expected[0]}." if name and given and expected else message
 
 
 def _meant(message: str, parser) -> str:

@@ -1,12 +1,12 @@
 """The settings of a PPO run."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
 from engine.config.checks import at_least, ds_config_of, next_multiple
-from engine.config.data import DataConfig, DemonstrationDataConfig
+from engine.config.data import DataConfig
 from engine.config.roles import (
     CriticConfig,
     FrozenRoleConfig,
@@ -15,83 +15,10 @@ from engine.config.roles import (
     check_ref_is_own,
     check_trainable,
 )
+from engine.config.rollout import PretrainingConfig, RolloutConfig
 from engine.config.tracking import TrackingConfig
 
 AdvantageEstimator = Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
-    """How the actor writes responses.
-
-    Attributes:
-        min_response_tokens: the end-of-sequence token cannot be drawn before so many tokens.
-        temperature: divides the logits, here and in every log-probability that is compared with the rollout's.
-        top_p, top_k: nucleus and top-k filters; 1.0 and 0 switch them off.
-        samples_per_prompt: responses drawn for each prompt.
-        micro_batch_size: responses decoded at the same time on one GPU; all of the rank's when not given.
-        weights: under ZeRO-3, `gathered` holds the whole actor on every rank during the rollout (fast), `sharded`
-            gathers every layer for every token, all ranks in step (slow, fits anywhere).
-        environment: `module:class`, whose `reply(conversation)` answers the actor as the user, or ends the episode with
-            None; see `engine.rollout.episodes`. `max_response_tokens` is then of all that follows the prompt, and
-            `min_response_tokens` of each turn.
-        max_turns: of the actor's in an episode; as many as fit when not given.
-    """
-
-    max_response_tokens: int = 128
-    min_response_tokens: int = 0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    samples_per_prompt: int = 1
-    micro_batch_size: int | None = None
-    weights: Literal["gathered", "sharded"] = "gathered"
-    environment: str | None = None
-    max_turns: int | None = None
-
-    def __post_init__(self):
-        at_least("rollout.max_response_tokens", self.max_response_tokens, 1)
-        at_least("rollout.samples_per_prompt", self.samples_per_prompt, 1)
-        at_least("rollout.top_k", self.top_k, 0)
-        if self.micro_batch_size is not None:
-            at_least("rollout.micro_batch_size", self.micro_batch_size, 1)
-        if self.environment is not None and self.environment.count(":") != 1:
-            raise ValueError(f"rollout.environment={self.environment!r} is not of the form module:class.")
-        if self.max_turns is not None:
-            at_least("rollout.max_turns", self.max_turns, 1)
-            if self.environment is None:
-                raise ValueError(
-                    f"rollout.max_turns={self.max_turns} does nothing without an environment: set "
-                    f"--rollout.environment module:class, or leave it out."
-                )
-        if not 0 <= self.min_response_tokens <= self.max_response_tokens:
-            raise ValueError(
-                f"rollout.min_response_tokens={self.min_response_tokens} must lie between 0 and "
-                f"rollout.max_response_tokens={self.max_response_tokens}."
-            )
-        if not self.temperature > 0:
-            raise ValueError(f"rollout.temperature={self.temperature} must be above 0: PPO needs sampled responses.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"rollout.top_p={self.top_p} must lie in (0, 1].")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainingConfig:
-    """A language-model loss beside PPO's, so that the actor forgets less (PPO-ptx; Ouyang et al. 2022,
-    https://arxiv.org/abs/2203.02155, eq. 2).
-
-    Attributes:
-        data: demonstrations; every optimizer step takes `minibatch_size` of them.
-        coef: of their mean negative log-likelihood per token.
-        loss_on: the tokens that are learned: of the `response`, or of the whole `sequence`.
-    """
-
-    data: DemonstrationDataConfig
-    coef: float
-    loss_on: Literal["response", "sequence"] = "sequence"
-
-    def __post_init__(self):
-        at_least("pretraining.coef", self.coef, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,34 +115,53 @@ class PPOConfig:
     distributed_timeout_s: int = 1800
 
     def __post_init__(self):
+        if self.actor.model_name_or_path is None:
+            raise ValueError("actor.model_name_or_path is not set: name the model to train.")
+        self._check_numbers()
+        self._check_sizes()
+        self._check_algorithm()
+        self._check_roles()
+
+    def _check_numbers(self) -> None:
+        """Refuse what is out of range, whatever else is set."""
         for name in (
-            "rollout_batch_size",
-            "minibatch_size",
-            "micro_batch_size",
-            "ppo_epochs",
-            "num_train_epochs",
-            "logits_chunk_tokens",
-            "max_skipped_steps",
-            "distributed_timeout_s",
+            *("rollout_batch_size", "minibatch_size", "micro_batch_size", "ppo_epochs", "num_train_epochs"),
+            *("logits_chunk_tokens", "max_skipped_steps", "distributed_timeout_s"),
         ):
             at_least(name, getattr(self, name), 1)
-        if self.num_iterations is not None:
-            at_least("num_iterations", self.num_iterations, 1)
+        for name in ("num_iterations", "importance_cap"):
+            if getattr(self, name) is not None:
+                at_least(name, getattr(self, name), 1)
         for name in (
-            "kl_coef",
-            "clip_range",
-            "value_clip_range",
-            "kl_target",
-            "penalty_coef",
-            "entropy_coef",
-            "value_coef",
+            *("kl_coef", "clip_range", "value_clip_range", "kl_target", "penalty_coef", "entropy_coef", "value_coef"),
         ):
             at_least(name, getattr(self, name), 0)
-        if self.importance_cap is not None:
-            at_least("importance_cap", self.importance_cap, 1)
         for name in ("penalty_target", "target_kl"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0 nats per token.")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay} must be at least 0 and below 1.")
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1].")
+
+    def _check_sizes(self) -> None:
+        """Refuse batches that do not divide, and a penalty on more tokens than there are."""
+        samples = self.rollout.samples_per_prompt
+        for name, divisor in (("minibatch_size", self.minibatch_size), ("rollout.samples_per_prompt", samples)):
+            if self.rollout_batch_size % divisor:
+                raise ValueError(
+                    f"rollout_batch_size={self.rollout_batch_size} is not a multiple of {name}={divisor}. "
+                    f"{self._sizes_for(self.micro_batch_size)}"
+                )
+        if self.reward.overlong_tokens > self.rollout.max_response_tokens:
+            raise ValueError(
+                f"reward.overlong_tokens={self.reward.overlong_tokens} is more than "
+                f"rollout.max_response_tokens={self.rollout.max_response_tokens}."
+            )
+
+    def _check_algorithm(self) -> None:
+        """Refuse terms that cancel out, or could never move."""
         if self.kl_placement == "loss" and self.kl_estimator == "k1":
             raise ValueError(
                 "kl_placement=loss with kl_estimator=k1: the gradient of k1 is 0 on average, whatever the KL. Set "
@@ -226,38 +172,22 @@ class PPOConfig:
                 f"advantage_estimator={self.advantage_estimator} compares the responses to a prompt: set "
                 f"--rollout.samples_per_prompt to 2 or more."
             )
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay={self.ema_decay} must be at least 0 and below 1.")
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1].")
         if self.kl_controller != "fixed" and not (self.kl_target > 0 and self.kl_horizon > 0):
             raise ValueError(
                 f"kl_controller={self.kl_controller} needs kl_target={self.kl_target} and kl_horizon={self.kl_horizon} "
                 f"above 0."
             )
-        if self.actor.model_name_or_path is None:
-            raise ValueError("actor.model_name_or_path is not set: name the model to train.")
-        samples = self.rollout.samples_per_prompt
-        for name, divisor in (("minibatch_size", self.minibatch_size), ("rollout.samples_per_prompt", samples)):
-            if self.rollout_batch_size % divisor:
-                raise ValueError(
-                    f"rollout_batch_size={self.rollout_batch_size} is not a multiple of {name}={divisor}. "
-                    f"{self._sizes_for(self.micro_batch_size)}"
-                )
-        of_reward_model = (self.reward.zero_stage, self.reward.ds_config, self.reward.quantization)
-        if self.reward.model_name_or_path is None and of_reward_model != (None, None, None):
-            raise ValueError(
-                "There is no reward model: reward.zero_stage, reward.ds_config and reward.quantization do nothing."
-            )
         if self.kl_controller != "fixed" and self.kl_coef == 0:
             raise ValueError(f"kl_coef=0: kl_controller={self.kl_controller} multiplies it, and it would stay 0.")
         if self.policy_loss == "penalty" and self.penalty_coef == 0:
             raise ValueError("penalty_coef=0: policy_loss=penalty doubles or halves it, and it would stay 0.")
-        if self.reward.overlong_tokens > self.rollout.max_response_tokens:
+
+    def _check_roles(self) -> None:
+        """Refuse roles that cannot be built as they are described."""
+        of_reward_model = (self.reward.zero_stage, self.reward.ds_config, self.reward.quantization)
+        if self.reward.model_name_or_path is None and of_reward_model != (None, None, None):
             raise ValueError(
-                f"reward.overlong_tokens={self.reward.overlong_tokens} is more than "
-                f"rollout.max_response_tokens={self.rollout.max_response_tokens}."
+                "There is no reward model: reward.zero_stage, reward.ds_config and reward.quantization do nothing."
             )
         for role in ("actor", "critic"):
             check_trainable(role, getattr(self, role), getattr(self, role))
@@ -285,6 +215,30 @@ class PPOConfig:
                     f"shared_trunk: the reward model is an adapter of the actor's model, so reward.{name} "
                     f"does nothing: leave it out."
                 )
+
+    @property
+    def without_effect(self) -> dict[str, str]:
+        """Settings that are not at their defaults and that nothing looks at in this run -> why. They may come from a
+        recipe or a preset that the run varies, so they are told and not refused.
+        """
+        estimator = f"advantage_estimator={self.advantage_estimator}"
+        idle = {}
+        if not self.has_critic:
+            idle |= dict.fromkeys(("lam", "value_label", "value_coef", "value_clip_range", "critic"), estimator)
+        if self.advantage_estimator in ("grpo", "dr_grpo", "rloo"):
+            idle["gamma"] = estimator
+        if self.kl_controller == "fixed":
+            idle["kl_target"] = "kl_controller=fixed"
+        if self.kl_controller != "ziegler":
+            idle["kl_horizon"] = f"kl_controller={self.kl_controller}"
+        if self.policy_loss == "clip":
+            idle |= dict.fromkeys(("penalty_coef", "penalty_target"), "policy_loss=clip")
+        else:
+            idle["clip_range"] = "policy_loss=penalty"
+        if self.ppo_epochs == 1:
+            idle["target_kl"] = "ppo_epochs=1"
+        defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(self)}
+        return {name: why for name, why in idle.items() if getattr(self, name) != defaults[name]}
 
     def check_world_size(self, world_size: int) -> None:
         """Refuse sizes that this many ranks cannot share out evenly.

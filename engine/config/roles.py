@@ -200,7 +200,13 @@ class RewardConfig(FrozenRoleConfig):
 
 
 def resolved_dtype(dtype: str, *, on_gpu: bool) -> str:
-    """`auto` spelled out."""
+    """`auto` spelled out.
+
+    Raises:
+        ValueError: float16 on a CPU, where DeepSpeed does not train in it.
+    """
+    if dtype == "float16" and not on_gpu:
+        raise ValueError("dtype=float16 needs a GPU: on a CPU take float32 or bfloat16.")
     return dtype if dtype != "auto" else "bfloat16" if on_gpu else "float32"
 
 

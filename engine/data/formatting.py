@@ -23,9 +23,7 @@ def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
         ended = tokenizer.eos_token or ""
         return prompt.removesuffix(ended) or prompt  # a prompt has not ended, see `encode`; EOS alone is a prompt
     if not is_conversation(prompt):
-        raise ValueError(
-            f'a prompt is a string or a list of {{"role", "content"}} messages, this is {str(prompt)[:80]!r}.'
-        )
+        raise _no_prompt(prompt)
     if tokenizer.chat_template is None:
         raise ValueError(
             "the prompt is a list of messages, and the tokenizer has no chat template to render it with. "
@@ -99,9 +97,7 @@ def as_prompt(cell: Any, prompt_format: Literal["text", "chat"]) -> Prompt:
             raise ValueError("the prompt is empty.")
         return cell if prompt_format == "text" else [{"role": "user", "content": cell}]
     if not is_conversation(cell):
-        raise ValueError(
-            f'a prompt is a string or a list of {{"role", "content"}} messages, this is {str(cell)[:80]!r}.'
-        )
+        raise _no_prompt(cell)
     if is_answered(cell):
         raise ValueError("the prompt ends with the assistant's turn: there is nothing to answer.")
     return cell
@@ -223,6 +219,15 @@ def is_conversation(value: Any) -> bool:
             for turn in value
         )
     )
+
+
+def _no_prompt(value: Any) -> ValueError:
+    """What is wrong with this as a prompt."""
+    turns = [turn for turn in value if isinstance(turn, dict)] if isinstance(value, list) else []
+    for content in (turn["content"] for turn in turns if "content" in turn):
+        if not isinstance(content, str):
+            return ValueError(f"the content of a message is a string, this is {str(content)[:80]!r}.")
+    return ValueError(f'a prompt is a string or a list of {{"role", "content"}} messages, this is {str(value)[:80]!r}.')
 
 
 def is_answered(value: Any) -> bool:

@@ -200,6 +200,11 @@ def create_prompt_dataloader(
         rows = mixed_rows(sizes, data.weights, seed=args.seed)
         said += mixture(data.sources, sizes, rows)
         dataset.kept = [dataset.kept[row] for row in rows]
+    if len(dataset) < args.prompts_per_iteration:
+        said.append(
+            f"{len(dataset)} prompts are fewer than the {args.prompts_per_iteration} of an iteration "
+            f"(rollout_batch_size / rollout.samples_per_prompt): every iteration takes all of them, once."
+        )
     for line in said if rank == 0 else []:
         if line is not None:
             print(line, flush=True)

@@ -15,6 +15,7 @@ from torch import nn
 
 from engine.distributed import comm
 from engine.distributed.initialize import parameter_bytes, stage_of
+from engine.models.modes import eval_mode
 
 
 @contextmanager
@@ -29,13 +30,8 @@ def gathered_for_generation(engine: DeepSpeedEngine) -> Iterator[nn.Module]:
     Raises:
         ValueError: on every rank, when the whole model does not fit into the memory that is free.
     """
-    module, was_training = engine.module, engine.module.training
-    module.eval()
-    try:
-        with _unsharded(engine) if stage_of(engine) == 3 else nullcontext():
-            yield module
-    finally:
-        module.train(was_training)
+    with eval_mode(engine.module), _unsharded(engine) if stage_of(engine) == 3 else nullcontext():
+        yield engine.module
 
 
 @contextmanager
@@ -44,12 +40,8 @@ def sharded_for_generation(engine: DeepSpeedEngine) -> Iterator[nn.Module]:
 
     Needs no memory beyond a layer's, but all ranks have to call forward equally often.
     """
-    module, was_training = engine.module, engine.module.training
-    module.eval()
-    try:
-        yield module
-    finally:
-        module.train(was_training)
+    with eval_mode(engine.module):
+        yield engine.module
 
 
 def gathered(parameters: Iterable[nn.Parameter]):

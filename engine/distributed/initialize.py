@@ -25,6 +25,7 @@ from engine.distributed.comm import device
 from engine.distributed.zero_config import frozen_config, training_config
 from engine.models.loading import restore_rope
 from engine.models.lora import REWARD_ADAPTER, adapter_off, adapter_on, is_adapter
+from engine.models.modes import eval_mode
 
 Engine = DeepSpeedEngine  # what the upper layers hold; they do not import deepspeed
 
@@ -106,13 +107,8 @@ class Switched:
     @torch.no_grad()
     def __call__(self, *args, **kwargs) -> Any:
         """A forward pass; a collective under ZeRO-3."""
-        was_training = self.module.training
-        self.module.eval()
-        try:
-            with self.switch(self.module):
-                return self.engine(*args, **kwargs)
-        finally:
-            self.module.train(was_training)
+        with eval_mode(self.module), self.switch(self.module):
+            return self.engine(*args, **kwargs)
 
 
 class WithoutAdapter(Switched):

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine.algorithms.losses import policy_statistics, value_clipped
+from engine.data.formatting import Messages
 from engine.data.sequences import Sequences
 from engine.distributed import comm
 from engine.rollout.experience import Experience
@@ -21,9 +23,8 @@ class StepStatistics:
 
     def __init__(self, count: int, *, clip_range: float, value_clip_range: float):
         self.count, self.clip_range, self.value_clip_range = count, clip_range, value_clip_range
-        self.policy_loss = self.value_loss = self.pretraining_loss = (
-            0.0  # each micro-batch's is divided by count already
-        )
+        # Each micro-batch's losses are divided by count already.
+        self.policy_loss = self.value_loss = self.pretraining_loss = 0.0
         self.clipped = self.approx_kl = self.value_clipped = 0.0
         self.log_ratio_max = 0.0  # of |log ratio|
         self.ratio_max = 1.0
@@ -119,6 +120,33 @@ def experience_metrics(experience: Experience, *, eos_token_ids: list[int]) -> d
         "response/eos_fraction": ended(sequences, eos_token_ids).float().mean().item(),
         **_of_turns(sequences),
     }
+
+
+def sample_rows(
+    experience: Experience,
+    prompts: Sequence[str],
+    responses: Sequence[Sequence[int]],
+    texts: Sequence[str],
+    conversations: Sequence[Messages] | None,
+) -> list[dict[str, Any]]:
+    """The first responses of an experience, one to look at for each text.
+
+    Args:
+        responses: token ids.
+        texts: of the first responses.
+    """
+    kl = experience.padded("kl").sum(1)
+    return [
+        {
+            "prompt": prompts[row],
+            "response": text,
+            "score": None if experience.left_out[row] else experience.scores[row].item(),
+            "kl": kl[row].item(),
+            "length": len(responses[row]),
+            **({} if conversations is None else {"conversation": conversations[row]}),
+        }
+        for row, text in enumerate(texts)
+    ]
 
 
 def ended(sequences: Sequences, eos_token_ids: list[int]) -> Tensor:

@@ -8,18 +8,15 @@ the parts are put together. All that follows (whitening, minibatches, metrics, t
 computed from the same numbers everywhere and needs no further agreement.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.algorithms.kl import schulman_kl_coef, ziegler_kl_coef
-from engine.algorithms.rewards import Moments, length_penalties
+from engine.algorithms.rewards import length_penalties
 from engine.config import PPOConfig
 from engine.data import Examples, PromptBatch
 from engine.data.batches import endlessly
@@ -32,11 +29,13 @@ from engine.rollout.experience import Experience, shaped_experience
 from engine.rollout.generation import Responses, eos_token_ids_of
 from engine.rollout.measuring import measure, per_token_of_all_ranks, sequences_of_all_ranks
 from engine.rollout.sampler import Sampler
-from engine.rollout.score_functions import checked_scores
 from engine.rollout.scoring import Scored, Scoring
 from engine.tracking import Tracker
-from engine.trainers.ppo_metrics import ended, experience_metrics, step_metrics
+from engine.trainers.health import of_another_policy
+from engine.trainers.own_loop import check_groups, scored_sequences
+from engine.trainers.ppo_metrics import ended, experience_metrics, sample_rows, step_metrics
 from engine.trainers.ppo_update import PPOUpdate
+from engine.trainers.progress import Progress, next_kl_coef, next_penalty_coef
 
 # Which settings decide a phase's memory.
 SMALLER = {
@@ -44,21 +43,6 @@ SMALLER = {
     "score": "--micro_batch_size or --logits_chunk_tokens",
     "train": "--micro_batch_size or --logits_chunk_tokens, or set --actor.gradient_checkpointing true",
 }
-
-# How far apart two computations of a log-probability may be, in nats, when micro-batches are cut in another way.
-ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
-
-
-@dataclass
-class Progress:
-    """Where a run stands: all that changes from iteration to iteration besides the models."""
-
-    iteration: int = 0  # the one under way, or the last; from 1
-    kl_coef: float = 0.0  # for the next experience
-    penalty_coef: float = 0.0  # for the next experience's steps
-    scores: Moments = field(default_factory=Moments)  # of all scores so far, where they are normalised
-    skipped_steps: int = 0
-    skipped_in_a_row: int = 0
 
 
 class DeepSpeedPPOTrainer:
@@ -127,7 +111,7 @@ class DeepSpeedPPOTrainer:
         with self._timed("score"):
             scored = self.scoring.scores(prompts, episodes.responses, sequences, episodes.conversations)
             experience = self._experience(sequences, behaviour_logprobs, scored)
-        self.samples = self._sample_rows(prompts, episodes, experience)
+        self.samples = self._samples(prompts, episodes, experience)
         return experience
 
     def generate(self, queries: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -143,7 +127,7 @@ class DeepSpeedPPOTrainer:
             ValueError: on every rank, when a query of any is empty, too long, or holds ids that are none.
         """
         with comm.same_error_everywhere():
-            mine = self.rlhf_engine.given(queries, [[]] * len(queries), caller="generate()")
+            mine = self.rlhf_engine.given(queries, None, caller="generate()")
         with self._timed("generate"):
             rows = range(self.drawn, self.drawn + len(mine))  # each call's noise is its own
             keys = [(self.config.seed, self.progress.iteration + 1, comm.rank(), row) for row in rows]
@@ -176,43 +160,16 @@ class DeepSpeedPPOTrainer:
         self.progress.iteration += 1
         self.drawn = 0
         with comm.same_error_everywhere():
-            mine, my_scores = self._given(queries, responses, scores)
+            mine, my_scores = scored_sequences(self.rlhf_engine, queries, responses, scores)
         with self._timed("score"):
             sequences = sequences_of_all_ranks(mine)
-            self._check_groups(sequences)
+            check_groups(sequences, self.config)
             everyones = comm.concatenated(my_scores.to(comm.device())).cpu()
             scored = Scored(everyones, torch.zeros(len(everyones), dtype=torch.bool))
             experience = self._experience(sequences, None, scored)
         self.train_on(experience)
         self.seconds.setdefault("generate", 0.0)
         return self.metrics(experience)
-
-    def _given(self, queries, responses, scores) -> tuple[Sequences, Tensor]:
-        if not len(queries) == len(responses) == len(scores):
-            raise ValueError(
-                f"step() was given {len(queries)} queries, {len(responses)} responses and {len(scores)} scores."
-            )
-        sequences = self.rlhf_engine.given(queries, responses, caller="step()")
-        return sequences, checked_scores(scores, len(responses), "the caller of step()")
-
-    def _check_groups(self, sequences: Sequences) -> None:
-        """
-        Args:
-            sequences: of all ranks.
-
-        Raises:
-            ValueError: responses that are compared with each other answer different queries.
-        """
-        size = self.config.rollout.samples_per_prompt
-        if not self.config.compares_responses:
-            return
-        rows = zip(sequences.tokens.split(sequences.lengths.tolist()), sequences.prompt_lengths.tolist(), strict=True)
-        queries = [row[:length].tolist() for row, length in rows]
-        if len(queries) % size or any(queries[row] != queries[row - row % size] for row in range(len(queries))):
-            raise ValueError(
-                f"step(): advantage_estimator={self.config.advantage_estimator} compares "
-                f"rollout.samples_per_prompt={size} responses to one query, which have to be neighbours."
-            )
 
     def _experience(self, sequences: Sequences, behaviour_logprobs: Tensor | None, scored: Scored) -> Experience:
         """All that PPO needs to train on these responses, of all ranks; moves the KL controller on. A collective."""
@@ -247,7 +204,7 @@ class DeepSpeedPPOTrainer:
             value_label=self.config.value_label,
             left_out=scored.failed,
         )
-        self.progress.kl_coef = self.next_kl_coef(experience)
+        self.progress.kl_coef = next_kl_coef(self.config, experience)
         return experience
 
     def episodes(self, prompts: PromptBatch) -> Episodes:
@@ -298,8 +255,8 @@ class DeepSpeedPPOTrainer:
                     self.train_rlhf(minibatch)
                 if self._far_enough():
                     break
-        self._warn_of_another_policy()
-        self.progress.penalty_coef = self.next_penalty_coef()
+        self._warn(of_another_policy(self.steps, next(self.actor.module.parameters()).dtype))
+        self.progress.penalty_coef = next_penalty_coef(self.config, self.progress.penalty_coef, self.steps)
 
     def train_rlhf(self, experience: Experience) -> tuple[float, float]:
         """One optimizer step of the actor and one of the critic on these responses: on all ranks, or on none.
@@ -337,44 +294,16 @@ class DeepSpeedPPOTrainer:
             "memory/peak_gib": comm.max_over_ranks(comm.peak_memory_gib()),
         }
 
-    def next_kl_coef(self, experience: Experience) -> float:
-        """The KL coefficient after an iteration with this KL per response."""
-        config, coef, kl = self.config, experience.kl_coef, experience.kl.sum().item() / experience.num_scored
-        if config.kl_controller == "fixed" or not experience.is_finite:
-            return coef
-        if config.kl_controller == "schulman":
-            return schulman_kl_coef(coef, kl, target=config.kl_target)
-        return ziegler_kl_coef(
-            coef, kl, target=config.kl_target, horizon=config.kl_horizon, num_responses=experience.num_scored
-        )
-
-    def next_penalty_coef(self) -> float:
-        """The coefficient of `policy_loss: penalty` after an iteration with these steps."""
-        coef, kl = (
-            self.progress.penalty_coef,
-            step_metrics(self.steps, left_out=self.update.left_out)["policy/approx_kl"],
-        )
-        if self.config.policy_loss == "clip" or not math.isfinite(kl):
-            return coef
-        return schulman_kl_coef(coef, kl, target=self.config.penalty_target)
-
     def _far_enough(self) -> bool:
         """Whether the last step saw the actor further from the policy that sampled than `target_kl` allows."""
         target = self.config.target_kl
         return target is not None and bool(self.steps) and self.steps[-1]["policy/approx_kl"] > target
 
-    def _warn_of_another_policy(self) -> None:
-        """Before an iteration's first step actor and rollout are the same policy: log-ratios are 0 but for rounding."""
-        largest = self.steps[0]["policy/log_ratio_max"] if self.steps else 0.0
-        allowed = ROUNDING[next(self.actor.module.parameters()).dtype]
-        if largest > allowed and not self.warned and comm.is_main():
-            print(
-                f"Warning: iteration {self.progress.iteration}: before the first step the actor's log-probabilities "
-                f"are up to {largest:.2g} nats from those of the rollout, where rounding explains {allowed}: the "
-                f"update is not on-policy. Does the model compute something else in training mode?",
-                flush=True,
-            )
-        self.warned |= largest > allowed
+    def _warn(self, warning: str | None) -> None:
+        """Once in a run."""
+        if warning is not None and not self.warned and comm.is_main():
+            print(f"Warning: iteration {self.progress.iteration}: {warning}", flush=True)
+        self.warned |= warning is not None
 
     def _skip(self, cause: str) -> tuple[float, float]:
         self.progress.skipped_steps += 1
@@ -386,25 +315,14 @@ class DeepSpeedPPOTrainer:
             raise RuntimeError(f"{said}; {self.progress.skipped_in_a_row} in a row, the run stops.")
         return float("nan"), float("nan")
 
-    def _sample_rows(self, prompts: PromptBatch, episodes: Episodes, experience: Experience) -> list[dict]:
+    def _samples(self, prompts: PromptBatch, episodes: Episodes, experience: Experience) -> list[dict[str, Any]]:
         """A few of rank 0's rows, which come first in the experience."""
         few = min(self.config.tracking.samples_per_iteration, len(prompts)) if comm.is_main() else 0
-        kl = experience.padded("kl").sum(1)
         _, responses, _, conversations = episodes
         first = (each and each[:few] for each in (prompts.prompts, responses, conversations))
         texts = self.scoring.texts_of_episodes(*first)
-        return [
-            {
-                "iteration": self.progress.iteration,
-                "prompt": prompts.texts[row],
-                "response": text,
-                "score": experience.scores[row].item(),
-                "kl": kl[row].item(),
-                "length": len(responses[row]),
-                **({} if conversations is None else {"conversation": conversations[row]}),
-            }
-            for row, text in enumerate(texts)
-        ]
+        rows = sample_rows(experience, prompts.texts, responses, texts, conversations)
+        return [{"iteration": self.progress.iteration, **row} for row in rows]
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

@@ -33,8 +33,14 @@ def test_a_conversation_needs_a_template():
 def test_what_is_neither_text_nor_a_conversation_is_refused(prompt):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
-    with pytest.raises(ValueError, match="a prompt is a string or a list of"):
+    with pytest.raises(ValueError, match=r"a prompt is a string or a list of|content of a message is a string"):
         render(prompt, tokenizer)
+
+
+def test_content_that_is_no_string_is_named():
+    parts = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    with pytest.raises(ValueError, match=r"the content of a message is a string, this is \"\[\{'type': 'text'"):
+        render(parts, byte_tokenizer())
 
 
 def test_no_bos_for_a_tokenizer_that_adds_none():
@@ -87,7 +93,7 @@ def test_an_empty_cell_is_no_prompt(prompt_format):
 @pytest.mark.parametrize("prompt_format", ["text", "chat"])
 @pytest.mark.parametrize("cell", NOT_PROMPTS)
 def test_a_cell_that_is_neither_text_nor_a_conversation_is_refused(cell, prompt_format):
-    with pytest.raises(ValueError, match="a prompt is a string or a list of"):
+    with pytest.raises(ValueError, match=r"a prompt is a string or a list of|content of a message is a string"):
         as_prompt(cell, prompt_format)
 
 

@@ -9,7 +9,13 @@ import torch.distributed as dist
 
 from engine.data.sequences import Sequences
 from engine.rollout.experience import PER_TOKEN, Experience
-from engine.trainers.ppo_metrics import StepStatistics, experience_metrics, explained_variance, step_metrics
+from engine.trainers.ppo_metrics import (
+    StepStatistics,
+    experience_metrics,
+    explained_variance,
+    sample_rows,
+    step_metrics,
+)
 
 EOS = 1
 
@@ -63,6 +69,19 @@ def test_what_nobody_scored_is_in_no_mean():
     alone = experience([[7, EOS], [7, 7, 9]], [1.0, 2.0], kl=[0.5, 0.5, 1.0, 1.0, 1.0])
     assert experience_metrics(left_out, eos_token_ids=[EOS]) == experience_metrics(alone, eos_token_ids=[EOS])
     assert experience_metrics(alone, eos_token_ids=[EOS])["kl/ref_mean"] == 2.0
+
+
+def test_a_row_to_look_at_for_each_text():
+    rows = replace(
+        experience([[7, EOS], [], [8]], [1.0, 0.0, 6.0], kl=[0.1, 0.3, 0.5]),
+        left_out=torch.tensor([False, True, False]),  # a score of 0 would look like one
+    )
+    given = (rows, ["p", "q", "r"], [[7, EOS], [9, 9], [8]], ["a", "b"])
+    first, second = sample_rows(*given, None)
+    assert first == {"prompt": "p", "response": "a", "score": 1.0, "kl": pytest.approx(0.4), "length": 2}
+    assert second == {"prompt": "q", "response": "b", "score": None, "kl": 0.0, "length": 2}
+    turns = [[{"role": "user", "content": "p"}], [{"role": "user", "content": "q"}]]
+    assert [row["conversation"] for row in sample_rows(*given, turns)] == turns
 
 
 def test_all_responses_empty_are_finite_numbers():
