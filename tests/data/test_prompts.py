@@ -165,10 +165,17 @@ def test_the_answer_of_a_conversation_is_cut_and_counted(tmp_path, capsys):
     assert batch.texts == texts_of(batch.tokens) == ["user: 2+2?<eos>\nassistant: ", asked, asked]
     assert batch.prompts == [rows[0]["messages"][:1], rows[1]["messages"], rows[2]["messages"][:3]]
     assert batch.columns["messages"] == [row["messages"] for row in rows]  # score functions see what the file has
-    (said,) = capsys.readouterr().out.splitlines()
+    said, too_few = capsys.readouterr().out.splitlines()
     assert said.startswith("2 of 3 prompts of") and "source0.jsonl end with the assistant's turn" in said
+    assert too_few.startswith("3 prompts are fewer than the 4 of an iteration")
     create_prompt_dataloader(given, byte_tokenizer(), rank=1, world_size=2)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("prompts", "told"), [("abc", True), ("abcd", False), ("abcde", False)])
+def test_fewer_prompts_than_an_iteration_takes_are_told(tmp_path, capsys, prompts, told):
+    create_prompt_dataloader(args(tmp_path, list(prompts)), byte_tokenizer(), rank=0, world_size=2)
+    assert ("fewer than the 4" in capsys.readouterr().out) == told
 
 
 def test_a_conversation_of_answers_alone_is_named_with_its_place():
