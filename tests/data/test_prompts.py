@@ -167,7 +167,7 @@ def test_the_answer_of_a_conversation_is_cut_and_counted(tmp_path, capsys):
     assert batch.columns["messages"] == [row["messages"] for row in rows]  # score functions see what the file has
     said, too_few = capsys.readouterr().out.splitlines()
     assert said.startswith("2 of 3 prompts of") and "source0.jsonl end with the assistant's turn" in said
-    assert too_few.startswith("3 prompts are fewer than the 4 of an iteration")
+    assert too_few.startswith("3 prompts are fewer than the 100 of an iteration")
     create_prompt_dataloader(given, byte_tokenizer(), rank=1, world_size=2)
     assert capsys.readouterr().out == ""
 
