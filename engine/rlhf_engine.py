@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -11,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from engine.config import FrozenRoleConfig, PPOConfig, TrainedRoleConfig, resolved_dtype
 from engine.data.sequences import Sequences
 from engine.distributed import comm
+from engine.distributed.checkpoint import Trained
+from engine.distributed.export import export_critic_of_trunk, export_huggingface
 from engine.distributed.initialize import (
     Engine,
     Switched,
@@ -100,6 +103,31 @@ class DeepSpeedRLHFEngine:
             return False
         same_template = self.reward_tokenizer.chat_template == self.tokenizer.chat_template
         return not (same_template and read_alike(self.reward_tokenizer, self.tokenizer))
+
+    @property
+    def trained(self) -> Trained:
+        """What a checkpoint holds."""
+        engines = {role: engine for role in ("actor", "critic") if (engine := getattr(self, role)) is not None}
+        return Trained(engines=engines, averages={} if self.actor_ema is None else {"actor_ema": self.actor_ema})
+
+    def export(self, output_dir: Path) -> list[str]:
+        """Write what has been trained as Hugging Face folders, `actor`, `actor_ema` and `critic`: those there are.
+
+        A collective.
+
+        Returns:
+            Their names.
+        """
+        form, average, written = self.args.actor.export_form, self.actor_ema, ["actor"]
+        export_huggingface(self.actor, output_dir / "actor", self.tokenizer, form=form)
+        if average is not None:
+            export_huggingface(self.actor, output_dir / "actor_ema", self.tokenizer, form=form, average=average)
+            written.append("actor_ema")
+        if self.critic is not None:
+            export_huggingface(self.critic, output_dir / "critic", self.tokenizer, form=self.args.critic.export_form)
+        elif self.actor.module.has_value_head:
+            export_critic_of_trunk(self.actor, output_dir / "critic", self.tokenizer)
+        return [*written, *(("critic",) if self.args.has_critic else ())]
 
     def parameter_bytes(self) -> dict[str, int]:
         """What each role adds to the weights in memory, sharded or not: nothing where it is another role's model. A

@@ -40,11 +40,16 @@ class Tracker:
         num_iterations: int,
         is_main: bool,
         shown: Sequence[str] = ("score/mean", "kl/ref_mean", "response/length_mean"),
+        resumed_at: int = 0,
+        wandb_id: str | None = None,
     ):
         """
         Args:
             config: the run's.
             shown: the metrics of the progress line, where an iteration has them.
+            resumed_at: the iteration that a run goes on after. What its files say of later ones is dropped: these
+                come again.
+            wandb_id: of the W&B run that it goes on with.
 
         Raises:
             ValueError: `config.output_dir` cannot be written to.
@@ -56,15 +61,23 @@ class Tracker:
         self.output_dir = output_dir
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
-            _set_aside(output_dir / "metrics.jsonl")
-            _set_aside(output_dir / "samples.jsonl")
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                if resumed_at > 0:
+                    _cut_after(output_dir / name, resumed_at)
+                else:
+                    _set_aside(output_dir / name)
             (output_dir / "config.yaml").write_text(yaml.safe_dump(run_config, sort_keys=False))
-            self.metrics_file = open(output_dir / "metrics.jsonl", "w")  # noqa: SIM115 - closed by __exit__
+            self.metrics_file = open(output_dir / "metrics.jsonl", "a")  # noqa: SIM115 - closed by __exit__
             self.samples_file = None  # opened by the first sample: not every run has any
         except OSError as error:
             raise ValueError(f"output_dir={output_dir} cannot be written to: {error}") from error
-        self.bar = tqdm(total=num_iterations, unit="iteration", disable=not sys.stderr.isatty())
-        self.wandb = _wandb_run(output_dir, config.tracking, run_config)
+        self.bar = tqdm(total=num_iterations, initial=resumed_at, unit="iteration", disable=not sys.stderr.isatty())
+        self.wandb = _wandb_run(output_dir, config.tracking, run_config, wandb_id)
+
+    @property
+    def wandb_id(self) -> str | None:
+        """Of the W&B run, where there is one."""
+        return self.wandb.id if self.is_main and self.wandb is not None else None
 
     def log(self, iteration: int, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
         """One iteration: its metrics and a few of its responses."""
@@ -72,7 +85,7 @@ class Tracker:
             return
         _write_line(self.metrics_file, {"iteration": iteration, **metrics})
         if samples and self.samples_file is None:
-            self.samples_file = open(self.output_dir / "samples.jsonl", "w")  # noqa: SIM115 - closed by __exit__
+            self.samples_file = open(self.output_dir / "samples.jsonl", "a")  # noqa: SIM115 - closed by __exit__
         for sample in samples:
             _write_line(self.samples_file, sample)
         self.bar.update(iteration - self.bar.n)
@@ -130,7 +143,24 @@ def _set_aside(path: Path) -> None:
         path.replace(path.with_name(f"{path.stem}.previous{path.suffix}"))
 
 
-def _wandb_run(output_dir: Path, config: TrackingConfig, run_config: dict[str, Any]):
+def _cut_after(path: Path, iteration: int) -> None:
+    """Leave the lines of iterations up to this one; a line that broke off goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if row["iteration"] <= iteration:
+            kept.append(line)
+    half_done = path.with_name(path.name + ".partial")
+    half_done.write_text("".join(kept))
+    half_done.replace(path)
+
+
+def _wandb_run(output_dir: Path, config: TrackingConfig, run_config: dict[str, Any], wandb_id: str | None):
     if config.wandb == "disabled":
         return None
     try:
@@ -142,6 +172,8 @@ def _wandb_run(output_dir: Path, config: TrackingConfig, run_config: dict[str, A
             dir=str(output_dir),
             config=run_config,
             mode=config.wandb,
+            id=wandb_id,
+            resume=None if wandb_id is None else "allow",
             settings=wandb.Settings(silent=True),
         )
         run.define_metric("iteration")

@@ -3,33 +3,35 @@
     deepspeed --num_accelerators 2 launch/train_dpo.py --config launch/recipes/gsm8k_dpo.yaml --output_dir runs/dpo
 
 Also under torchrun, and as plain `python` for one rank. Writes config.yaml, metrics.jsonl and the exported model/ to
-the output folder. Leaves out: resuming (a run that ends early starts again).
+the output folder; `--resume auto` goes on with a run that ended early.
 """
 
 from pathlib import Path
 
 from engine.config import DPOConfig, parse, run
 from engine.distributed import comm
-from engine.distributed.checkpoint import export_huggingface
-from engine.tracking import Tracker
-from engine.trainers.supervised_stages import dpo_stage
+from engine.distributed.export import export_huggingface
+from engine.distributed.run import Run
+from engine.trainers.supervised_stages import Stage, dpo_stage
 
 SHOWN = ("train/loss", "train/accuracy", "eval/accuracy")  # on the progress line
 
 
 def main() -> None:
     config = parse(DPOConfig)
-    comm.start(config)
-    stage = dpo_stage(config)
-    with comm.same_error_everywhere():
-        tracker = Tracker(config, num_iterations=stage.num_iterations, is_main=comm.is_main(), shown=SHOWN)
-    with tracker:
-        stage.train(tracker)
-        folder = Path(config.output_dir) / "model"
-        export_huggingface(stage.model, folder, stage.tokenizer, form=config.export_form)
+    with Run(config) as this_run:
+        stage = dpo_stage(config)
+        checkpoints, tracker = stage.begin(this_run, shown=SHOWN)
+        with tracker:
+            if stage.train(tracker, checkpoints):
+                export(stage, config)
+
+
+def export(stage: Stage, config: DPOConfig) -> None:
+    folder = Path(config.output_dir) / "model"
+    export_huggingface(stage.model, folder, stage.tokenizer, form=config.export_form)
     if comm.is_main():
         print(f"Done: {stage.num_iterations} steps. Metrics and the exported model: {config.output_dir}")
-    comm.shutdown()
 
 
 if __name__ == "__main__":

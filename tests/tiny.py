@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import (
+    CheckpointConfig,
     CriticConfig,
     DataConfig,
     DemonstrationDataConfig,
     DPOConfig,
     FrozenRoleConfig,
+    LoRAConfig,
     PPOConfig,
     PreferenceDataConfig,
     RewardConfig,
@@ -159,7 +161,7 @@ def ppo_config(folder: Path, *, model: str = LLAMA, prompts: list[str] | None = 
     for name, value in overrides.items():
         if "__" in name:
             group, inner = name.split("__")
-            nested[group][inner] = value
+            nested.setdefault(group, {})[inner] = value
         else:
             run[name] = value
     classes = dict(
@@ -170,6 +172,7 @@ def ppo_config(folder: Path, *, model: str = LLAMA, prompts: list[str] | None = 
         data=DataConfig,
         rollout=RolloutConfig,
         tracking=TrackingConfig,
+        checkpoint=CheckpointConfig,
     )
     return PPOConfig(**run, **{group: classes[group](**fields) for group, fields in nested.items()})
 
@@ -193,7 +196,8 @@ def stage_config(
         "reward": (RewardModelConfig, "reward"),
         "dpo": (DPOConfig, "model"),
     }[stage]
-    classes = {role: FrozenRoleConfig, "data": data, "tracking": TrackingConfig}
+    classes = {role: FrozenRoleConfig, "data": data, "tracking": TrackingConfig, "checkpoint": CheckpointConfig}
+    classes["lora"] = LoRAConfig
     nested: dict[str, dict[str, Any]] = {
         role: dict(model_name_or_path=model),
         "data": dict(train=write_rows(Path(folder) / f"{stage}.jsonl", rows), max_prompt_tokens=32, max_length=64),
@@ -213,14 +217,18 @@ def stage_config(
     for name, value in overrides.items():
         if "__" in name:
             group, inner = name.split("__")
-            nested[group][inner] = value
+            nested.setdefault(group, {})[inner] = value
         else:
             run[name] = value
     return config_class(**run, **{group: classes[group](**fields) for group, fields in nested.items()})
 
 
 def changed(config: PPOConfig, **overrides: Any) -> PPOConfig:
-    """The config with top-level fields replaced, checked again."""
+    """The config with fields replaced, those of a group as `checkpoint__every=None`, checked again."""
+    for name in [name for name in overrides if "__" in name]:
+        group, inner = name.split("__")
+        given = overrides.get(group, getattr(config, group))
+        overrides[group] = dataclasses.replace(given, **{inner: overrides.pop(name)})
     return dataclasses.replace(config, **overrides)
 
 

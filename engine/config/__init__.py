@@ -4,6 +4,7 @@
 exist is refused. How memory is sharded is not here but in `ds_configs/`.
 """
 
+from engine.config.checkpoint import CheckpointConfig, settings_that_stay
 from engine.config.checks import DS_CONFIGS
 from engine.config.command_line import as_dict, parse, run
 from engine.config.data import DataConfig, DemonstrationDataConfig, PreferenceDataConfig
@@ -24,6 +25,7 @@ from engine.config.tracking import TrackingConfig
 
 __all__ = [
     "DS_CONFIGS",
+    "CheckpointConfig",
     "CriticConfig",
     "DPOConfig",
     "DataConfig",
@@ -46,4 +48,5 @@ __all__ = [
     "parse",
     "resolved_dtype",
     "run",
+    "settings_that_stay",
 ]

@@ -5,6 +5,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
+from engine.config.checkpoint import CheckpointConfig
 from engine.config.checks import at_least, ds_config_of, next_multiple
 from engine.config.data import DataConfig
 from engine.config.roles import (
@@ -59,6 +60,8 @@ class PPOConfig:
         value_label: the critic's regression target.
         ema_decay: of an exponential moving average of the actor's weights, taken after every optimizer step and
             exported as `actor_ema`; no average when not given.
+        resume: `auto` goes on from the newest checkpoint in `output_dir`, or begins where there is none; `never`
+            removes what checkpoints there are. A run is not begun beside them when not given.
         logits_chunk_tokens: so many tokens are projected to the vocabulary at a time.
         max_skipped_steps: so many steps skipped in a row for numbers that are not finite stop the run.
         distributed_timeout_s: a rank that waits longer for the others gives up.
@@ -71,10 +74,12 @@ class PPOConfig:
     ref: FrozenRoleConfig = field(default_factory=FrozenRoleConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     pretraining: PretrainingConfig | None = None
     shared_trunk: bool = False
 
     output_dir: str
+    resume: Literal["auto", "never"] | None = None
     seed: int = 0
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     zero_stage: Literal[0, 1, 2, 3] | None = None
@@ -305,6 +310,11 @@ class PPOConfig:
     def rollout_micro_batch_size(self) -> int:
         """Responses decoded at the same time on one GPU."""
         return self.rollout.micro_batch_size or self.rollout_batch_size
+
+    @property
+    def models(self) -> dict[str, str]:
+        """The models that the run starts from, by role."""
+        return {role: name for role in ("actor", "critic", "ref", "reward") if (name := self.model_of(role))}
 
     def model_of(self, role: Literal["actor", "critic", "ref", "reward"]) -> str | None:
         """The model a role starts from, after the defaults; None for a reward that is a function."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from engine.config.checkpoint import CheckpointConfig
 from engine.config.checks import at_least, ds_config_of, next_multiple
 from engine.config.data import DemonstrationDataConfig, PreferenceDataConfig, SupervisedDataConfig
 from engine.config.roles import FrozenRoleConfig, OptimizerConfig, check_ref_is_own, check_trainable
@@ -22,6 +23,8 @@ class SupervisedConfig(OptimizerConfig):
         packing: lay the examples of a forward pass one after another into one row instead of padding each to the
             longest. No example sees another.
         eval_every: optimizer steps between evaluations; there is one before the first and one after the last step.
+        resume: `auto` goes on from the newest checkpoint in `output_dir`, or begins where there is none; `never`
+            removes what checkpoints there are. A run is not begun beside them when not given.
         dtype: `auto` is bfloat16 on a GPU and float32 on a CPU.
         logits_chunk_tokens: so many tokens are projected to the vocabulary at a time.
         max_skipped_steps: so many steps skipped in a row for numbers that are not finite stop the run.
@@ -30,8 +33,10 @@ class SupervisedConfig(OptimizerConfig):
 
     data: SupervisedDataConfig
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     output_dir: str
+    resume: Literal["auto", "never"] | None = None
     seed: int = 0
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     zero_stage: Literal[0, 1, 2, 3] | None = None
@@ -97,6 +102,11 @@ class SFTConfig(SupervisedConfig):
         check_named("model", self.model)
         check_trainable("model", self.model, self)
 
+    @property
+    def models(self) -> dict[str, str]:
+        """The models that the run starts from, by role."""
+        return {"model": self.model.model_name_or_path}
+
     def ds_config_of(self, role: Literal["model"]) -> Path:
         """The file in which a role's sharding is described. The role's own setting wins over the run's."""
         return ds_config_of((getattr(self, role), f"{role}."), (self, ""))
@@ -117,6 +127,11 @@ class RewardModelConfig(SupervisedConfig):
         super().__post_init__()
         check_named("reward", self.reward)
         check_trainable("reward", self.reward, self)
+
+    @property
+    def models(self) -> dict[str, str]:
+        """The models that the run starts from, by role."""
+        return {"reward": self.reward.model_name_or_path}
 
     def ds_config_of(self, role: Literal["reward"]) -> Path:
         """The file in which a role's sharding is described. The role's own setting wins over the run's."""
@@ -165,6 +180,11 @@ class DPOConfig(SupervisedConfig):
             raise ValueError(f"data.margin_column belongs to loss=dpo; loss={self.loss} has no margin.")
         if self.ref_is_the_model:
             check_ref_is_own(self.ref, "model")
+
+    @property
+    def models(self) -> dict[str, str]:
+        """The models that the run starts from, by role."""
+        return {"model": self.model.model_name_or_path, "ref": self.ref_name}
 
     @property
     def ref_name(self) -> str:

@@ -31,16 +31,43 @@ class GlobalBatches(Sampler[list[int]]):
             yield batch.tensor_split(self.world_size)[self.rank].tolist()
 
 
-def endlessly(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Epoch after epoch.
+class Endless(Iterator[Batch]):
+    """Batches, epoch after epoch.
 
-    Raises:
-        ValueError: there was nothing to go through, or nothing any more.
+    Attributes:
+        drawn: how many batches there have been.
     """
-    while True:
-        empty = True
-        for batch in batches:
-            empty = False
-            yield batch
-        if empty:
-            raise ValueError("The batches came to their end. Pass something that can be gone through again and again.")
+
+    def __init__(self, batches: Iterable[Batch], *, drawn: int = 0):
+        """
+        Args:
+            batches: something that can be gone through again and again.
+            drawn: go on as if there had been so many; needs a `DataLoader`, or batches that are the same every epoch.
+        """
+        self.batches, self.drawn = batches, drawn
+        self.epoch = self._epochs()
+
+    def __next__(self) -> Batch:
+        """
+        Raises:
+            ValueError: there was nothing to go through, or nothing any more.
+        """
+        batch = next(self.epoch)
+        self.drawn += 1
+        return batch
+
+    def _epochs(self) -> Iterator[Batch]:
+        skipped = self.drawn % len(self.batches) if self.drawn else 0
+        if self.drawn and isinstance(order := getattr(self.batches, "batch_sampler", None), GlobalBatches):
+            order.epoch = self.drawn // len(self.batches)
+        while True:
+            empty = True
+            for number, batch in enumerate(self.batches):
+                empty = False
+                if number >= skipped:
+                    yield batch
+            if empty:
+                raise ValueError(
+                    "The batches came to their end. Pass something that can be gone through again and again."
+                )
+            skipped = 0

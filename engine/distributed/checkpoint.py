@@ -1,170 +1,388 @@
-"""What leaves the shards for the disk: a plain Hugging Face folder that one process can load, or a PEFT one."""
+"""A run's checkpoints, from which it goes on: OUT/checkpoints/iteration_000010/, complete or absent.
 
+    pieces_00000.safetensors ...   one of each rank: weights, moments, averages (see `engine.distributed.pieces`)
+    tensors.safetensors            whatever tensors the trainer keeps
+    state.json                     all that is small, and every rank's random numbers
+    manifest.json                  written last: the files with their sizes and digests, the settings that stay
+
+Nothing here is pickled. A checkpoint is read by any number of ranks, under any ZeRO stage.
+"""
+
+import base64
+import hashlib
 import json
+import os
+import random
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
+import numpy
+import torch
 from deepspeed import DeepSpeedEngine
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from engine.distributed import comm
-from engine.distributed.gather import gathered
 from engine.distributed.moving_average import MovingAverage
-from engine.models.adapter_folder import NORMALISATION, WEIGHTS, adapter_config, name_in_file
-from engine.models.loading import exported_config
-from engine.models.lora import adapted_layers, adapter_weights_of, is_adapter, merged_weight, name_without_adapter
-from engine.models.quantization import unpacked
-from engine.models.scalar_head import ScalarHeadModel, scoring_pad_token_id
-from engine.models.shared_trunk import critic_of
+from engine.distributed.pieces import Piece, Read, give_back, my_pieces, steps_taken, tell_the_model
+
+FORMAT = 1
+MANIFEST, STATE, TENSORS = "manifest.json", "state.json", "tensors.safetensors"
+NAME = "iteration_{:06d}"
 
 
-def export_huggingface(
-    engine: DeepSpeedEngine,
-    folder: Path,
-    tokenizer: PreTrainedTokenizerBase,
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What is trained, by role."""
+
+    engines: dict[str, DeepSpeedEngine]
+    averages: dict[str, MovingAverage]
+
+
+def save_checkpoint(
+    root: Path,
+    iteration: int,
+    trained: Trained,
     *,
-    form: Literal["merged", "adapter"] = "merged",
-    average: MovingAverage | None = None,
-) -> None:
-    """Write an engine's transformers model to `folder`: safetensors in the training dtype, config, tokenizer.
+    state: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    identity: Mapping[str, Any],
+    keep: int,
+) -> bool:
+    """Write `root`/iteration_...; then, once it has been read back, remove all but the `keep` newest.
 
-    A collective: all ranks gather, one layer at a time, and rank 0 writes. The folder appears complete or not at all;
-    one that was there before is replaced. The live model stays as it is.
+    A collective: every rank writes its pieces. Where that fails on any rank (a full disk), what has been written is
+    removed, earlier checkpoints stay, and the run may go on.
 
     Args:
-        form: of a model with an adapter. `merged` writes a plain model, the adapter added to weights that are
-            unpacked if they have 4 bits; `adapter` a PEFT folder, which belongs to the model that training began with.
-        average: takes the place of the weights that it has.
+        state: small and JSON; of rank 0.
+        tensors: of rank 0.
+        identity: what a run that goes on must agree with.
+
+    Returns:
+        Whether it was written.
+    """
+    folder = root / NAME.format(iteration)
+    half_done = folder.with_name(folder.name + ".partial")
+    trouble = _agreed(lambda: _begin(half_done) if comm.is_main() else None)
+    if trouble is None:
+        everyones = comm.gathered_objects(_random_states())
+        engines = {role: _of_engine(engine) for role, engine in trained.engines.items()}
+        small = {"iteration": iteration, "state": state, "engines": engines, "random": everyones}
+        trouble = _agreed(lambda: _write(half_done, trained, small, tensors))
+    if trouble is None:
+        digests = {name: digest for files in comm.gathered_objects(_my_digests(half_done)) for name, digest in files}
+        manifest = {
+            "format": FORMAT,
+            "iteration": iteration,
+            "ranks": comm.world_size(),
+            "versions": comm.versions(),
+            "identity": dict(identity),
+            "files": digests,
+        }
+        trouble = _agreed(lambda: _finish(half_done, folder, manifest) if comm.is_main() else None)
+    if trouble is None:
+        trouble = _agreed(lambda: _check_mine(folder))
+    if trouble is not None:
+        if comm.is_main():
+            shutil.rmtree(half_done, ignore_errors=True)
+            print(
+                f"WARNING: NO CHECKPOINT WAS WRITTEN at iteration {iteration}: {trouble}. Earlier ones are as they "
+                f"were, and the run goes on.",
+                flush=True,
+            )
+        return False
+    if comm.is_main():
+        for old in checkpoints_in(root)[keep:]:
+            _remove(old)
+    return True
+
+
+def checkpoints_in(root: Path) -> list[Path]:
+    """The newest first."""
+    return sorted((path for path in root.glob("iteration_*") if path.name[len("iteration_") :].isdigit()), reverse=True)
+
+
+def remove_checkpoints(root: Path) -> None:
+    """All of them."""
+    for folder in checkpoints_in(root):
+        _remove(folder)
+
+
+def newest_checkpoint(root: Path, identity: Mapping[str, Any]) -> Path | None:
+    """The newest one that is whole; None where there are none. A collective.
 
     Raises:
-        ValueError: on every rank, when a weight is not finite.
+        ValueError: on every rank, when it is another run's, or when not one of them is whole.
     """
-    model = engine.module.model
     with comm.same_error_everywhere():
-        weights = _adapter_weights(model, average) if form == "adapter" else _whole_weights(model, average)
-    with comm.same_error_everywhere():
-        if comm.is_main():
-            with _complete_or_absent(folder) as half_done:
-                if form == "adapter":
-                    _write_adapter(engine.module, weights, half_done)
-                else:
-                    _write_model(model, exported_config(model), weights, half_done)
-                tokenizer.save_pretrained(half_done)
+        found = _newest_whole(root, identity) if comm.is_main() else None
+    return comm.of_main(found)
 
 
-def export_critic_of_trunk(engine: DeepSpeedEngine, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write a shared trunk's critic to `folder` as `export_huggingface` writes a critic of its own: a sequence
-    classifier with one label, the adapter merged in. A collective.
+def load_checkpoint(folder: Path, trained: Trained) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Put weights, moments, averages, schedules and random numbers back. A collective.
+
+    Returns:
+        (state, tensors) as they were saved, on every rank.
 
     Raises:
-        ValueError: on every rank, when a weight is not finite.
+        ValueError: on every rank, when something is missing or of another size on any.
     """
-    trunk = engine.module
+    with ExitStack() as open_files:
+        with comm.same_error_everywhere():
+            small = json.loads((folder / STATE).read_text())
+            pieces = _PiecesOnDisk(folder, open_files)
+            for role, engine in trained.engines.items():
+                pieces.check(role, engine)
+        for role, engine in trained.engines.items():
+            of_role = small["engines"][role]
+            with comm.same_error_everywhere():
+                give_back(engine, pieces.reader(role), steps=of_role["steps"])
+            tell_the_model(engine)
+            _to_engine(engine, of_role)
+        with comm.same_error_everywhere():
+            for role, average in trained.averages.items():
+                average.give_back(pieces.reader(role))
     with comm.same_error_everywhere():
-        weights = _whole_weights(trunk.model, None)
-        with gathered([trunk.value_head.weight]):
-            head = trunk.value_head.weight.detach().cpu().clone()
-        _check_finite({"value_head.weight": head})
-    with comm.same_error_everywhere():
-        if comm.is_main():
-            critic = critic_of(trunk.model, pad_token_id=scoring_pad_token_id(tokenizer))
-            weights["score.weight"] = head
-            weights = {name: weights[name] for name in critic.state_dict().keys() - set(critic.all_tied_weights_keys)}
-            with _complete_or_absent(folder) as half_done:
-                _write_model(critic, critic.config, weights, half_done)
-                tokenizer.save_pretrained(half_done)
+        _to_random_states(small["random"])
+        tensors = load_file(folder / TENSORS)
+    return small["state"], tensors
 
 
-def _write_model(model: PreTrainedModel, config: PreTrainedConfig, weights: dict[str, Tensor], folder: Path) -> None:
-    live_config, quantizer = model.config, getattr(model, "hf_quantizer", None)
-    model.config, model.hf_quantizer = config, None  # the weights are unpacked
-    try:
-        model.save_pretrained(folder, state_dict=weights)
-    finally:
-        model.config, model.hf_quantizer = live_config, quantizer
+# Files
 
 
-def _write_adapter(module: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
-    adapter_config(module.model).save_pretrained(folder)
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-    if isinstance(module, ScalarHeadModel):
-        kept = {"score_mean": module.score_mean, "score_std": module.score_std}
-        (folder / NORMALISATION).write_text(json.dumps(kept) + "\n")
-
-
-@contextmanager
-def _complete_or_absent(folder: Path) -> Iterator[Path]:
-    """A folder to write to, which takes the other's place at the end of the block."""
-    half_done, replaced = (folder.with_name(folder.name + suffix) for suffix in (".partial", ".replaced"))
+def _begin(half_done: Path) -> None:
     shutil.rmtree(half_done, ignore_errors=True)
     half_done.mkdir(parents=True)
-    yield half_done
-    shutil.rmtree(replaced, ignore_errors=True)
-    if folder.exists():
-        folder.rename(replaced)
-    half_done.rename(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _whole_weights(model: PreTrainedModel, average: MovingAverage | None) -> dict[str, Tensor]:
-    """Every saved tensor of the model, whole and on the CPU, on rank 0; an empty dictionary elsewhere. What an adapter
-    or 4 bits have changed goes by the names and the shapes it had before. A collective.
-    """
-    # A tied weight is written once, under the name that transformers ties the others to: every class finds it there.
-    saved = model.state_dict().keys() - set(model.all_tied_weights_keys)
-    parameters = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if name in saved]
-    adapted, whole = adapted_layers(model), {}
-    for name, parameter in parameters:
-        if is_adapter(name):
-            continue
-        layer = adapted.get(name)
-        with _whole([parameter, *(adapter_weights_of(layer) if layer else ())], average):
-            if comm.is_main():
-                owner = model.get_submodule(name.rpartition(".")[0])
-                weight = merged_weight(layer, dtype=model.dtype) if layer else unpacked(parameter, layer=owner)
-                whole[name_without_adapter(name)] = weight.cpu().clone()
+def _write(folder: Path, trained: Trained, small: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    entries, held = [], {}
+    for role, piece in _everything(trained):
+        entries.append({"role": role, "name": piece.name, "what": piece.what, "start": piece.start, "size": piece.size})
+        held[str(len(held))] = piece.tensor.detach().cpu().contiguous()
+    save_file(held, folder / _file_of(comm.rank()), metadata={"pieces": json.dumps(entries)})
     if comm.is_main():
-        _check_finite(whole)
-        whole |= {name: buffer.cpu() for name, buffer in model.named_buffers() if name in saved}
-    return whole
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS)
+        (folder / STATE).write_text(json.dumps(small))
+    for name in _mine():
+        _flush(folder / name)
 
 
-def _adapter_weights(model: PreTrainedModel, average: MovingAverage | None) -> dict[str, Tensor]:
-    """What has been trained, by PEFT's names, whole and on the CPU, on rank 0. A collective."""
-    whole = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        with _whole([parameter], average):
-            if comm.is_main():
-                whole[name_in_file(name)] = parameter.detach().cpu().clone()
-    _check_finite(whole)
-    return whole
+def _everything(trained: Trained) -> Iterator[tuple[str, Piece]]:
+    for role, engine in trained.engines.items():
+        yield from ((role, piece) for piece in my_pieces(engine))
+    for role, average in trained.averages.items():
+        yield from ((role, piece) for piece in average.my_pieces())
 
 
-@contextmanager
-def _whole(parameters: list[nn.Parameter], average: MovingAverage | None) -> Iterator[None]:
-    """Parameters whole, and holding their average where there is one, for reading, for the length of the block. A
-    collective.
+def _finish(half_done: Path, folder: Path, manifest: dict[str, Any]) -> None:
+    (half_done / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    _flush(half_done / MANIFEST)
+    _remove(folder)  # of a run that went back to before it
+    half_done.rename(folder)
+    _flush(folder.parent)
+
+
+def _remove(folder: Path) -> None:
+    """In one step as far as readers are concerned."""
+    leaving = folder.with_name(folder.name + ".removed")
+    shutil.rmtree(leaving, ignore_errors=True)
+    if folder.exists():
+        folder.rename(leaving)
+    shutil.rmtree(leaving, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """To the disk, past the machine's memory."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _file_of(rank: int) -> str:
+    return f"pieces_{rank:05d}.safetensors"
+
+
+def _mine() -> list[str]:
+    """The files that this rank writes."""
+    return [_file_of(comm.rank()), *((TENSORS, STATE) if comm.is_main() else ())]
+
+
+def _my_digests(folder: Path) -> list[tuple[str, dict[str, Any]]]:
+    return [(name, _digest(folder / name)) for name in _mine()]
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "blake2b": hashlib.file_digest(file, "blake2b").hexdigest()}
+
+
+def _agreed(act: Callable[[], Any]) -> str | None:
+    """Do something with the disk: what went wrong on the first rank where it failed, None if it did nowhere."""
+    said = None
+    try:
+        act()
+    except (OSError, SafetensorError, ValueError) as error:
+        said = f"{type(error).__name__}: {error}"
+    return next((each for each in comm.gathered_objects(said) if each is not None), None)
+
+
+def _check_mine(folder: Path) -> None:
     """
-    names = {} if average is None else {parameter: name for name, parameter in average.parameters.items()}
-    means = {parameter: average.whole(names[parameter]) for parameter in parameters if parameter in names}
-    with gathered(parameters):
-        live = {parameter: parameter.data for parameter in means}
-        for parameter, mean in means.items():
-            parameter.data = mean.to(parameter.dtype)
-        try:
-            yield
-        finally:
-            for parameter, data in live.items():
-                parameter.data = data
+    Raises:
+        ValueError: what this rank has written is not what it reads.
+    """
+    wanted = json.loads((folder / MANIFEST).read_text())["files"]
+    for name in _mine():
+        if _digest(folder / name) != wanted[name]:
+            raise ValueError(f"{folder / name} does not read as it was written")
 
 
-def _check_finite(weights: dict[str, Tensor]) -> None:
-    if broken := [name for name, weight in weights.items() if not weight.isfinite().all()]:
-        raise ValueError(f"{len(broken)} weights are not finite, {broken[0]} the first. Nothing was written.")
+def _newest_whole(root: Path, identity: Mapping[str, Any]) -> Path | None:
+    found = checkpoints_in(root)
+    for folder in found:
+        if (damage := _damage(folder)) is None:
+            _check_identity(folder, identity)
+            return folder
+        print(f"{folder} is damaged ({damage}): passed over.", flush=True)
+    if found:
+        raise ValueError(f"Not one checkpoint in {root} is whole. Begin anew with --resume never.")
+    return None
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files; None if nothing is."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files = {name: (wanted["bytes"], wanted) for name, wanted in manifest["files"].items()}
+        identity, version = manifest["identity"], manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST}: {type(error).__name__}: {error}"
+    if version != FORMAT or not isinstance(identity, dict):
+        return f"{MANIFEST}: format {version}, this is {FORMAT}"
+    for name, (size, wanted) in files.items():
+        path = folder / Path(name).name  # a manifest names nothing outside its folder
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes of {size}"
+        if _digest(path) != wanted:
+            return f"{name} is not what was written"
+    return None
+
+
+def _check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
+    theirs = json.loads((folder / MANIFEST).read_text())["identity"]
+    ours = json.loads(json.dumps(identity))  # as the file has it: tuples as lists
+    differing = [name for name in sorted(theirs.keys() | ours.keys()) if theirs.get(name) != ours.get(name)]
+    if differing:
+        said = "; ".join(f"{name} was {theirs.get(name)!r}, is {ours.get(name)!r}" for name in differing[:3])
+        more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise ValueError(
+            f"{folder} is of another run: {said}{more}. Go on with the settings that it began with, or begin anew with "
+            f"--resume never."
+        )
+
+
+class _PiecesOnDisk:
+    """All ranks' pieces, found by weight and stretch."""
+
+    def __init__(self, folder: Path, open_files: ExitStack):
+        self.folder = folder
+        self.found: dict[tuple[str, str, str], list[tuple[int, int, Any, str]]] = {}
+        self.sizes: dict[tuple[str, str, str], int] = {}
+        for path in sorted(folder.glob("pieces_*.safetensors")):
+            file = open_files.enter_context(safe_open(path, framework="pt"))
+            for key, entry in enumerate(json.loads(file.metadata()["pieces"])):
+                of = (entry["role"], entry["name"], entry["what"])
+                (length,) = file.get_slice(str(key)).get_shape()
+                self.found.setdefault(of, []).append((entry["start"], length, file, str(key)))
+                self.sizes[of] = entry["size"]
+
+    def check(self, role: str, engine: DeepSpeedEngine) -> None:
+        """
+        Raises:
+            ValueError: the checkpoint trains other weights than this engine.
+        """
+        theirs = {name for of, name, _ in self.found if of == role}
+        ours = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+        if theirs != ours:
+            raise ValueError(
+                f"{self.folder} is of another model: of the {role} it has {len(theirs)} trained weights, this run has "
+                f"{len(ours)}, {sorted(theirs ^ ours)[0]} in one of them only."
+            )
+
+    def reader(self, role: str) -> Read:
+        def read(name: str, what: str, start: int, length: int) -> Tensor:
+            whole, covered = torch.empty(length), 0
+            for at, count, file, key in self.found.get((role, name, what), ()):
+                first, last = max(start, at), min(start + length, at + count)
+                if first < last:
+                    whole[first - start : last - start] = file.get_slice(key)[first - at : last - at]
+                    covered += last - first
+            if covered != length:
+                raise ValueError(f"{self.folder} has {covered} of {length} numbers of {what} of the {role}'s {name}.")
+            return whole
+
+        return read
+
+
+# What is small
+
+
+def _of_engine(engine: DeepSpeedEngine) -> dict[str, Any]:
+    scaler = getattr(engine.optimizer, "loss_scaler", None)  # of fp16; elsewhere a constant
+    scale = {name: value for name, value in vars(scaler).items() if isinstance(value, (int, float))} if scaler else {}
+    return {"steps": steps_taken(engine), "schedule": engine.lr_scheduler.last_epoch, "loss_scale": scale}
+
+
+def _to_engine(engine: DeepSpeedEngine, kept: dict[str, Any]) -> None:
+    engine.global_steps = kept["steps"]
+    schedule = engine.lr_scheduler
+    schedule.last_epoch = kept["schedule"]
+    rates = [
+        base * factor(schedule.last_epoch) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for name, value in kept["loss_scale"].items():
+        setattr(engine.optimizer.loss_scaler, name, value)
+
+
+def _random_states() -> dict[str, Any]:
+    """Of this rank's generators. The noise of responses is not among them: it is keyed by iteration and prompt."""
+    version, numbers, gauss = random.getstate()
+    kind, keys, *rest = numpy.random.get_state()  # noqa: NPY002 - what users' code draws from
+    torches = [torch.get_rng_state()]
+    if comm.device().type == "cuda":
+        torches.append(torch.cuda.get_rng_state())
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": [kind, keys.tolist(), *rest],
+        "torch": [base64.b64encode(state.numpy().tobytes()).decode() for state in torches],
+    }
+
+
+def _to_random_states(everyones: list[dict[str, Any]]) -> None:
+    """Those of this rank; a rank that there was not goes on with its own."""
+    if comm.rank() >= len(everyones):
+        return
+    mine = everyones[comm.rank()]
+    version, numbers, gauss = mine["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, *rest = mine["numpy"]
+    numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), *rest))  # noqa: NPY002 - as above
+    states = [torch.frombuffer(bytearray(base64.b64decode(state)), dtype=torch.uint8) for state in mine["torch"]]
+    torch.set_rng_state(states[0])
+    if comm.device().type == "cuda" and len(states) > 1:
+        torch.cuda.set_rng_state(states[1])

@@ -25,8 +25,6 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder.builder import OpBuilder
 from torch import Tensor
 
-from engine.config import as_dict
-
 # DeepSpeed 0.19's own calls, which torch 2.13 wants renamed: nothing a user of this engine could act on.
 warnings.filterwarnings("ignore", message="`torch.distributed.*` is deprecated", category=FutureWarning)
 
@@ -68,17 +66,6 @@ def _shared_buffer() -> Path:
     """
     run = "_".join(str(part) for part in (os.getuid(), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]))
     return Path("/dev/shm") / f"deepspeed_allreduce_buffer_{run}_{os.environ['RANK']}"
-
-
-def start(config: Any) -> None:
-    """Join the process group for a run, and refuse ranks that were started with other settings or versions.
-
-    Raises:
-        ValueError: the ranks differ, or cannot share out the run's sizes.
-    """
-    init_distributed(timeout_s=config.distributed_timeout_s)
-    config.check_world_size(world_size())
-    check_same_everywhere({"the configuration": as_dict(config), "the installed versions": versions()})
 
 
 def shutdown() -> None:
@@ -164,6 +151,13 @@ def concatenated(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in range(world_size())]
     dist.all_gather(parts, padded)
     return torch.cat([part[: int(n)] for part, n in zip(parts, lengths, strict=True)])
+
+
+def of_main(value: Any) -> Any:
+    """Rank 0's Python object, on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def gathered_objects(value: Any) -> list[Any]:

@@ -8,6 +8,7 @@ rank. `tests/distributed/test_moving_average.py` holds it.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from deepspeed import DeepSpeedEngine
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from engine.distributed import comm
 from engine.distributed.initialize import whole_shape
+from engine.distributed.pieces import Piece, Read
 
 
 class MovingAverage:
@@ -39,6 +41,20 @@ class MovingAverage:
         for name, parameter in self.parameters.items():
             self.shards[name].lerp_(_shard(parameter).float(), 1 - self.decay)
 
+    def my_pieces(self) -> Iterator[Piece]:
+        """This rank's part, for a checkpoint."""
+        for name, parameter in self.parameters.items():
+            size, (start, length) = math.prod(whole_shape(parameter)), _stretch(parameter)
+            if length:
+                yield Piece(name=name, what="average", start=start, size=size, tensor=self.shards[name][:length])
+
+    def give_back(self, read: Read) -> None:
+        """Set this rank's part to what was kept."""
+        for name, parameter in self.parameters.items():
+            start, length = _stretch(parameter)
+            if length:
+                self.shards[name][:length] = read(name, "average", start, length)
+
     def whole(self, name: str) -> Tensor:
         """The average of one weight, on every rank, in the weight's shape and fp32. A collective."""
         shape = whole_shape(self.parameters[name])
@@ -50,5 +66,13 @@ def _shard(parameter: nn.Parameter) -> Tensor:
     """(ceil(elements / ranks),) this rank's part of a weight; shorter where they end."""
     if hasattr(parameter, "ds_tensor"):
         return parameter.ds_tensor.detach()
-    size = -(-parameter.numel() // comm.world_size())
-    return parameter.detach().flatten()[comm.rank() * size : (comm.rank() + 1) * size]
+    start, length = _stretch(parameter)
+    return parameter.detach().flatten()[start : start + length]
+
+
+def _stretch(parameter: nn.Parameter) -> tuple[int, int]:
+    """(start, length) of this rank's part in the flattened weight."""
+    size = math.prod(whole_shape(parameter))
+    each = parameter.ds_tensor.numel() if hasattr(parameter, "ds_tensor") else -(-size // comm.world_size())
+    start = min(comm.rank() * each, size)
+    return start, min(each, size - start)

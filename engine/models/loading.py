@@ -5,6 +5,7 @@ moments, and noise between them would be read as a change of policy. The exporte
 """
 
 import copy
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,6 +130,24 @@ def fingerprint(model_name_or_path: str) -> list[tuple[str, ...]]:
         return [(folder, Path(cached_file(folder, "config.json")).parent.name)]  # .../snapshots/COMMIT/config.json
     except OSError as error:
         raise ValueError(f"{model_name_or_path} is neither a model folder nor a known hub name: {error}") from error
+
+
+def content_digest(model_name_or_path: str) -> str:
+    """Another one where the weights are others, wherever they lie: of the names, sizes and first megabyte of a folder's
+    weights; of the name and commit of a model from the hub.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    folder, digest = Path(local_name(model_name_or_path)).expanduser(), hashlib.blake2b(digest_size=16)
+    if not folder.is_dir():
+        digest.update(repr(fingerprint(model_name_or_path)).encode())
+        return digest.hexdigest()
+    for path in sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")):
+        digest.update(f"{path.name} {path.stat().st_size} ".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(2**20))
+    return digest.hexdigest()
 
 
 def restore_rope(model: nn.Module) -> None:

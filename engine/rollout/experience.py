@@ -92,6 +92,19 @@ class Experience:
         """A per-token tensor as (B, R), zero on padding."""
         return padded(getattr(self, name), self.sequences.response_lengths)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is in it but `kl_coef`, for a checkpoint."""
+        rows = {f"sequences.{f.name}": getattr(self.sequences, f.name) for f in fields(self.sequences)}
+        flat = rows | {"scores": self.scores, "left_out": self.left_out} | dict(self._per_token())
+        return {name: tensor for name, tensor in flat.items() if tensor is not None}
+
+    @classmethod
+    def of_tensors(cls, tensors: dict[str, Tensor], *, kl_coef: float) -> "Experience":
+        """What `tensors` was made of."""
+        sequences = Sequences(**{f.name: tensors.get(f"sequences.{f.name}") for f in fields(Sequences)})
+        rest = {f.name: tensors.get(f.name) for f in fields(cls) if f.name not in ("sequences", "kl_coef")}
+        return cls(sequences=sequences, kl_coef=kl_coef, **rest)
+
     def _per_token(self) -> Iterator[tuple[str, Tensor]]:
         """Those that there are."""
         for name in PER_TOKEN:

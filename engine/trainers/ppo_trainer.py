@@ -8,8 +8,9 @@ the parts are put together. All that follows (whitening, minibatches, metrics, t
 computed from the same numbers everywhere and needs no further agreement.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from time import perf_counter
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from engine.algorithms.rewards import length_penalties
 from engine.config import PPOConfig
 from engine.data import Examples, PromptBatch
-from engine.data.batches import endlessly
+from engine.data.batches import Endless
 from engine.data.sequences import Sequences
 from engine.distributed import comm
 from engine.rlhf_engine import DeepSpeedRLHFEngine
@@ -31,6 +32,7 @@ from engine.rollout.measuring import measure, per_token_of_all_ranks, sequences_
 from engine.rollout.sampler import Sampler
 from engine.rollout.scoring import Scored, Scoring
 from engine.tracking import Tracker
+from engine.trainers.checkpoints import Checkpoints
 from engine.trainers.health import of_another_policy
 from engine.trainers.own_loop import check_groups, scored_sequences
 from engine.trainers.ppo_metrics import ended, experience_metrics, sample_rows, step_metrics
@@ -45,15 +47,24 @@ SMALLER = {
 }
 
 
+# What the trainer knows of the iteration under way, beside `progress`; numbers and texts.
+OF_ITERATION = ("steps", "samples", "seconds", "unscored", "warned")
+
+
 class DeepSpeedPPOTrainer:
     """Alternates `generate_experience` and `train_rlhf` on the models of a `DeepSpeedRLHFEngine`."""
 
     def __init__(
-        self, rlhf_engine: DeepSpeedRLHFEngine, args: PPOConfig, pretraining: Iterable[Examples] | None = None
+        self,
+        rlhf_engine: DeepSpeedRLHFEngine,
+        args: PPOConfig,
+        pretraining: Iterable[Examples] | None = None,
+        on_phase: Callable[[str, int], None] | None = None,
     ):
         """
         Args:
             pretraining: minibatches of demonstrations, of all ranks, for `args.pretraining`.
+            on_phase: told the phase (generate, score, train) and the iteration whenever one begins.
         """
         if (pretraining is None) != (args.pretraining is None):
             raise ValueError(
@@ -61,6 +72,7 @@ class DeepSpeedPPOTrainer:
                 "create_pretraining_dataset(args, tokenizer)."
             )
         self.config, self.rlhf_engine, self.tokenizer = args, rlhf_engine, rlhf_engine.tokenizer
+        self.on_phase = on_phase
         self.actor, self.ref = rlhf_engine.actor, rlhf_engine.ref
         self.critic, self.reward = rlhf_engine.critic, rlhf_engine.reward
         self.eos_token_ids = eos_token_ids_of(self.actor.module.model, self.tokenizer)
@@ -82,15 +94,65 @@ class DeepSpeedPPOTrainer:
         self.samples: list[dict[str, Any]] = []
         self.unscored = 0
         self.warned = False
+        self.in_flight: Experience | None = None  # of an iteration that is not over
+        self.resumed_at = 0  # iterations that the prompts given to `train` have been drawn for
         self.drawn = 0  # responses that `generate` has drawn since the last step
 
-    def train(self, prompts: Iterable[PromptBatch], num_iterations: int, tracker: Tracker) -> None:
-        """The whole run; `prompts` is gone through as often as that takes."""
-        batches = endlessly(prompts)
-        while self.progress.iteration < num_iterations:
-            experience = self.generate_experience(next(batches))
-            self.train_on(experience)
+    def train(
+        self,
+        prompts: Iterable[PromptBatch],
+        num_iterations: int,
+        tracker: Tracker,
+        checkpoints: Checkpoints | None = None,
+    ) -> bool:
+        """The whole run; `prompts` is gone through as often as that takes.
+
+        Args:
+            checkpoints: where the run saves; a run without any cannot be asked to stop.
+
+        Returns:
+            Whether it came to its end; False when it was asked to stop, and has saved.
+        """
+        batches, self.resumed_at = Endless(prompts, drawn=self.resumed_at), 0
+        stop_asked = checkpoints.stop_asked if checkpoints is not None else lambda: False
+        while self.in_flight is not None or self.progress.iteration < num_iterations:
+            if self.in_flight is None and not stop_asked():
+                self.in_flight = self.generate_experience(next(batches))
+            if self.in_flight is None or not self.train_on(self.in_flight, stop_asked):
+                checkpoints.stop(self.progress.iteration, self.snapshot, tracker)
+                return False
+            experience, self.in_flight = self.in_flight, None
             tracker.log(self.progress.iteration, self.metrics(experience), self.samples)
+            if checkpoints is not None:
+                checkpoints.after(self.progress.iteration, self.snapshot, tracker)
+        return True
+
+    @property
+    def iterations_done(self) -> int:
+        """Those that are over."""
+        return self.progress.iteration - (self.in_flight is not None)
+
+    def snapshot(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """All that the trainer would need to go on from here, besides the models: small things, and tensors."""
+        experience, pretraining = self.in_flight, self.update.pretraining
+        state = {
+            "progress": asdict(self.progress),
+            "kl_coef_in_flight": None if experience is None else experience.kl_coef,
+            "pretraining_drawn": 0 if pretraining is None else pretraining.drawn,
+            **{name: getattr(self, name) for name in OF_ITERATION},
+        }
+        return state, {} if experience is None else experience.tensors()
+
+    def go_on_from(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Take up what `snapshot` said; the models have been put back."""
+        self.progress = Progress.of(state["progress"])
+        self.resumed_at = self.progress.iteration
+        for name in OF_ITERATION:
+            setattr(self, name, state[name])
+        if state["kl_coef_in_flight"] is not None:
+            self.in_flight = Experience.of_tensors(tensors, kl_coef=state["kl_coef_in_flight"])
+        if self.update.pretraining is not None:
+            self.update.pretraining = Endless(self.update.pretraining.batches, drawn=state["pretraining_drawn"])
 
     def generate_experience(self, prompts: PromptBatch) -> Experience:
         """Responses to this rank's prompts, and all that PPO needs to train on those of all ranks.
@@ -101,8 +163,7 @@ class DeepSpeedPPOTrainer:
         Raises:
             ValueError: on every rank, when a source of scores (see `Scoring.scores`) or an environment fails on any.
         """
-        self.progress.iteration += 1
-        self.steps, self.drawn = [], 0
+        self._begin_iteration()
         prompts = prompts.repeated(self.config.rollout.samples_per_prompt)
         with self._timed("generate"):
             episodes = self.episodes(prompts)
@@ -157,8 +218,7 @@ class DeepSpeedPPOTrainer:
             ValueError: on every rank, when lists do not fit together on any, a sequence is too long, or responses that
                 are to be compared answer different queries.
         """
-        self.progress.iteration += 1
-        self.drawn = 0
+        self._begin_iteration()
         with comm.same_error_everywhere():
             mine, my_scores = scored_sequences(self.rlhf_engine, queries, responses, scores)
         with self._timed("score"):
@@ -245,18 +305,35 @@ class DeepSpeedPPOTrainer:
             max_response_tokens=self.config.rollout.max_response_tokens,
         )
 
-    def train_on(self, experience: Experience) -> None:
-        """All epochs over one iteration's responses, in minibatches drawn from all ranks' responses together."""
-        self.steps = []
+    def train_on(self, experience: Experience, stop_asked: Callable[[], bool] = lambda: False) -> bool:
+        """All epochs over one iteration's responses, in minibatches drawn from all ranks' responses together.
+
+        Args:
+            stop_asked: asked before every step; a collective.
+
+        Returns:
+            False when it was stopped before the last step. `progress` says where, and calling it again goes on there.
+        """
         rng = torch.Generator().manual_seed(self.config.seed + 1_000_003 * self.progress.iteration)
+        done = self.progress.minibatches
+        if done == 0:
+            self.steps = []
         with self._timed("train"):
             for _ in range(self.config.ppo_epochs):
                 for minibatch in experience.minibatches(self.config.minibatch_size, rng):
+                    if done > 0:
+                        done -= 1
+                        continue
+                    if stop_asked():
+                        return False
                     self.train_rlhf(minibatch)
-                if self._far_enough():
+                    self.progress.minibatches += 1
+                if done == 0 and self._far_enough():
                     break
         self._warn(of_another_policy(self.steps, next(self.actor.module.parameters()).dtype))
         self.progress.penalty_coef = next_penalty_coef(self.config, self.progress.penalty_coef, self.steps)
+        self.progress.minibatches = 0
+        return True
 
     def train_rlhf(self, experience: Experience) -> tuple[float, float]:
         """One optimizer step of the actor and one of the critic on these responses: on all ranks, or on none.
@@ -299,6 +376,11 @@ class DeepSpeedPPOTrainer:
         target = self.config.target_kl
         return target is not None and bool(self.steps) and self.steps[-1]["policy/approx_kl"] > target
 
+    def _begin_iteration(self) -> None:
+        self.progress.iteration += 1
+        self.progress.minibatches = self.drawn = 0
+        self.steps = []
+
     def _warn(self, warning: str | None) -> None:
         """Once in a run."""
         if warning is not None and not self.warned and comm.is_main():
@@ -328,6 +410,8 @@ class DeepSpeedPPOTrainer:
     def _timed(self, phase: str) -> Iterator[None]:
         """Time a phase; where it runs out of memory, say which setting makes it smaller."""
         started = perf_counter()
+        if self.on_phase is not None:
+            self.on_phase(phase, self.progress.iteration)
         try:
             yield
         except torch.OutOfMemoryError as error:

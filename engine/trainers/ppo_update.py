@@ -8,7 +8,7 @@ from torch import Tensor
 from engine.algorithms.losses import clipped_value_loss
 from engine.config import PPOConfig
 from engine.data import Examples
-from engine.data.batches import endlessly
+from engine.data.batches import Endless
 from engine.data.sequences import MicroBatch
 from engine.distributed.micro_batches import marking_last, my_micro_batches
 from engine.distributed.optimization import accumulate, step_together
@@ -30,7 +30,7 @@ class PPOUpdate:
         """
         self.config, self.ref = config, rlhf_engine.ref
         self.actor, self.actor_ema, self.critic = rlhf_engine.actor, rlhf_engine.actor_ema, rlhf_engine.critic
-        self.pretraining = None if pretraining is None else endlessly(pretraining)
+        self.pretraining = None if pretraining is None else Endless(pretraining)
 
     def step(self, experience: Experience, *, penalty_coef: float) -> dict[str, float] | None:
         """A step on a minibatch, of all ranks. A collective.

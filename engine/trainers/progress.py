@@ -16,17 +16,24 @@ class Progress:
     """
     Attributes:
         iteration: the one under way, or the last; from 1.
+        minibatches: of this iteration, that have had their step or were skipped.
         kl_coef: for the next experience.
         penalty_coef: for the next experience's steps.
         scores: of all scores so far, where they are normalised.
     """
 
     iteration: int = 0
+    minibatches: int = 0
     kl_coef: float = 0.0
     penalty_coef: float = 0.0
     scores: Moments = field(default_factory=Moments)
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+
+    @classmethod
+    def of(cls, kept: dict[str, Any]) -> "Progress":
+        """What `dataclasses.asdict` made of one."""
+        return cls(**kept | {"scores": Moments(*kept["scores"])})
 
 
 def next_kl_coef(config: PPOConfig, experience: Experience) -> float:

@@ -1,6 +1,6 @@
 """SFT, reward model and DPO put together from their parts: data, model, objective and trainer of one run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,13 +12,16 @@ from engine.config import DPOConfig, RewardModelConfig, SFTConfig, SupervisedCon
 from engine.data import Examples, create_datasets, create_eval_dataset
 from engine.data.examples import create_example_dataloader
 from engine.distributed import comm
+from engine.distributed.checkpoint import Trained
 from engine.distributed.initialize import Engine, WithoutAdapter
+from engine.distributed.run import Run
 from engine.models.language_model import load_language_model
-from engine.models.loading import load_tokenizer
+from engine.models.loading import content_digest, load_tokenizer
 from engine.models.scalar_head import load_scalar_head, scoring_pad_token_id
 from engine.rollout.self_check import check_language_model
 from engine.supervised_engine import supervised_engine
 from engine.tracking import Tracker
+from engine.trainers.checkpoints import Checkpoints
 from engine.trainers.objectives import BradleyTerry, DirectPreference, NextToken, Objective
 from engine.trainers.ref_logprobs import online, ref_engine, with_ref_logprobs
 from engine.trainers.supervised_trainer import SupervisedTrainer
@@ -32,6 +35,7 @@ class Stage:
         minibatches: of all ranks, the same on every rank.
         num_iterations: optimizer steps.
         held_out: what is evaluated on, if anything.
+        contents: digests of the models and the data.
     """
 
     model: Engine
@@ -40,10 +44,23 @@ class Stage:
     minibatches: DataLoader
     num_iterations: int
     held_out: Examples | None
+    contents: dict[str, str | None]
 
-    def train(self, tracker: Tracker) -> None:
-        """The whole run."""
-        self.trainer.train(self.minibatches, self.num_iterations, tracker, self.held_out)
+    def begin(self, this_run: Run, *, shown: Sequence[str]) -> tuple[Checkpoints, Tracker]:
+        """Go on from where `--resume` says. A collective.
+
+        Args:
+            shown: the metrics of the progress line.
+        """
+        config, trained = self.trainer.config, Trained(engines={"model": self.model}, averages={})
+        checkpoints = Checkpoints(config, trained, contents=self.contents, stop=this_run.stop)
+        given = dict(num_iterations=self.num_iterations, is_main=comm.is_main(), shown=shown)
+        self.trainer.on_phase = this_run.watch.tell
+        return checkpoints, checkpoints.go_on(self.trainer, partial(Tracker, config, **given))
+
+    def train(self, tracker: Tracker, checkpoints: Checkpoints | None = None) -> bool:
+        """The whole run; whether it came to its end. See `SupervisedTrainer.train`."""
+        return self.trainer.train(self.minibatches, self.num_iterations, tracker, self.held_out, checkpoints)
 
 
 def sft_stage(config: SFTConfig) -> Stage:
@@ -121,6 +138,9 @@ def _stage(
     held_out: Examples | None,
 ) -> Stage:
     minibatches, num_iterations = create_example_dataloader(config, train)
+    contents = {"the examples": train.digest, "the held-out examples": held_out and held_out.digest}
+    with comm.same_error_everywhere():
+        contents |= {f"the {role}'s weights": content_digest(name) for role, name in config.models.items()}
     return Stage(
         model=model,
         trainer=SupervisedTrainer(model, objective, config),
@@ -128,6 +148,7 @@ def _stage(
         minibatches=minibatches,
         num_iterations=num_iterations,
         held_out=held_out,
+        contents=contents,
     )
 
 

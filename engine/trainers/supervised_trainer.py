@@ -4,22 +4,26 @@ Every rank holds the same examples and draws the same minibatches; it works on t
 per sequence are put together on all ranks, so that metrics do not depend on how many there are.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine.config import SupervisedConfig
 from engine.data import Examples
-from engine.data.batches import endlessly
+from engine.data.batches import Endless
 from engine.distributed import comm
 from engine.distributed.initialize import Engine
 from engine.distributed.micro_batches import marking_last, my_micro_batches, one_number_per_row
 from engine.distributed.optimization import accumulate, step_together
 from engine.models.language_model import check_packing
 from engine.tracking import Tracker
+from engine.trainers.checkpoints import Checkpoints
 from engine.trainers.objectives import Objective
+
+COUNTS = ("iteration", "skipped_steps", "skipped_in_a_row")
 
 
 class SupervisedTrainer:
@@ -28,28 +32,62 @@ class SupervisedTrainer:
     def __init__(self, model: Engine, objective: Objective, config: SupervisedConfig):
         self.model, self.objective, self.config = model, objective, config
         self.iteration = self.skipped_steps = self.skipped_in_a_row = 0
+        self.on_phase: Callable[[str, int], None] | None = None  # told what begins
+        self.resumed_at = 0  # minibatches that those given to `train` have been drawn for
         if config.packing:
             model.eval()
             check_packing(model.module.model)
 
     def train(
-        self, minibatches: Iterable[Examples], num_iterations: int, tracker: Tracker, held_out: Examples | None = None
-    ) -> None:
+        self,
+        minibatches: Iterable[Examples],
+        num_iterations: int,
+        tracker: Tracker,
+        held_out: Examples | None = None,
+        checkpoints: Checkpoints | None = None,
+    ) -> bool:
         """The whole run; `minibatches` is gone through as often as that takes.
 
         Args:
             held_out: evaluated before the first step, every `eval_every` steps, and after the last.
+            checkpoints: where the run saves; a run without any cannot be asked to stop.
+
+        Returns:
+            Whether it came to its end; False when it was asked to stop, and has saved.
         """
-        batches = endlessly(minibatches)
+        batches, resumed, self.resumed_at = Endless(minibatches, drawn=self.resumed_at), self.resumed_at > 0, 0
         if held_out is not None:
             held_out = self.objective.prepared(held_out)
-            tracker.log(0, self.evaluate(held_out), [])
+            if not resumed:
+                tracker.log(0, self.evaluate(held_out), [])
         while self.iteration < num_iterations:
+            if checkpoints is not None and checkpoints.stop_asked():
+                checkpoints.stop(self.iteration, self.snapshot, tracker)
+                return False
             metrics = self.step(next(batches))
             every, last = self.config.eval_every, self.iteration == num_iterations
             if held_out is not None and (last or (every is not None and self.iteration % every == 0)):
                 metrics |= self.evaluate(held_out)
             tracker.log(self.iteration, metrics, [])
+            if checkpoints is not None:
+                checkpoints.after(self.iteration, self.snapshot, tracker)
+        return True
+
+    @property
+    def iterations_done(self) -> int:
+        """Those that are over."""
+        return self.iteration
+
+    def snapshot(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """All that the trainer would need to go on from here, besides the model."""
+        return {name: getattr(self, name) for name in COUNTS}, {}
+
+    def go_on_from(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Take up what `snapshot` said; the model has been put back."""
+        del tensors
+        for name in COUNTS:
+            setattr(self, name, state[name])
+        self.resumed_at = self.iteration
 
     def step(self, examples: Examples) -> dict[str, float]:
         """One optimizer step on a minibatch: on all ranks, or, if a number is not finite on any, on none.
@@ -64,6 +102,8 @@ class SupervisedTrainer:
         """
         started = perf_counter()
         self.iteration += 1
+        if self.on_phase is not None:
+            self.on_phase("train", self.iteration)
         examples = self.objective.prepared(examples)
         numbers = torch.zeros(len(examples.sequences), device=comm.device())
         healthy = True

@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from engine.distributed import comm
-from engine.distributed.checkpoint import export_huggingface
+from engine.distributed.export import export_huggingface
 from engine.distributed.initialize import WithoutAdapter
 from engine.distributed.optimization import step_together
 from engine.models.loading import load_tokenizer

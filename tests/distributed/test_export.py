@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from engine.distributed import comm
-from engine.distributed.checkpoint import export_huggingface
+from engine.distributed.export import export_huggingface
 from engine.distributed.optimization import step_together
 from engine.models.loading import load_tokenizer
 

@@ -8,7 +8,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-from engine.distributed.checkpoint import export_huggingface
+from engine.distributed.export import export_huggingface
 from engine.distributed.moving_average import MovingAverage
 from engine.models.loading import load_tokenizer
 

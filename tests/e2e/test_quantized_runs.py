@@ -13,7 +13,7 @@ from stages import build, refusal
 from test_laws import furthest
 from test_lora_laws import ADAPTERS, STEADY, train_stage
 
-from engine.distributed.checkpoint import export_huggingface
+from engine.distributed.export import export_huggingface
 from engine.models.language_model import load_language_model
 from engine.models.loading import load_tokenizer
 from engine.models.lora import is_adapter

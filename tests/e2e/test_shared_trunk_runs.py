@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from engine.config import SteadyLoRAConfig
 from engine.data.sequences import Sequences
-from engine.distributed.checkpoint import export_critic_of_trunk, export_huggingface
+from engine.distributed.export import export_critic_of_trunk, export_huggingface
 from engine.models.lora import is_adapter
 from engine.models.random_init import local_name
 from engine.trainers import ppo_update

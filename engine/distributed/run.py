@@ -1,0 +1,51 @@
+"""One rank of a run under way: it has joined the others, holds the run's folder, listens for signals and watches."""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from engine.config import as_dict
+from engine.distributed import comm
+from engine.distributed.stopping import StopRequest
+from engine.distributed.watch import Watch
+from engine.run_folder import claim
+
+
+class Run:
+    """For the length of a `with` block.
+
+    Attributes:
+        stop: whether somebody has asked the run to stop.
+        watch: over the other ranks.
+    """
+
+    def __init__(self, config: Any):
+        """Join the process group.
+
+        Raises:
+            ValueError: on every rank, when the ranks were started with different settings or versions, cannot share
+                out the run's sizes, or cannot have `output_dir`.
+        """
+        comm.init_distributed(timeout_s=config.distributed_timeout_s)
+        self.stop = StopRequest.listening()
+        config.check_world_size(comm.world_size())
+        comm.check_same_everywhere({"the configuration": as_dict(config), "the installed versions": comm.versions()})
+        with comm.same_error_everywhere():
+            self.lock = claim(Path(config.output_dir)) if comm.is_main() else None
+        self.watch = Watch()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            comm.barrier()
+        # A ValueError is raised on all ranks at once; of anything else the others have to hear.
+        self.watch.close(None if error is None or isinstance(error, ValueError) else f"{kind.__name__}: {error}")
+        self.stop.close()
+        if error is None:
+            comm.shutdown()
+        if self.lock is not None:
+            self.lock.close()

@@ -1,0 +1,36 @@
+"""The folder that a run writes to, claimed for one run at a time."""
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+from typing import TextIO
+
+LOCK = ".lock"
+
+
+def claim(folder: Path) -> TextIO:
+    """Make the folder and keep other runs out of it.
+
+    Returns:
+        The lock, an open file: the folder is free again when it is closed, or its process ends, however it ends.
+
+    Raises:
+        ValueError: it cannot be written to, or another run is writing to it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / LOCK, "a+")  # noqa: SIM115 - the caller's
+    except OSError as error:
+        raise ValueError(f"output_dir={folder} cannot be written to: {error}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip() or "another process"
+        lock.close()
+        raise ValueError(f"Another run is writing to {folder} ({holder}): name another --output_dir.") from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+    return lock

@@ -1,0 +1,134 @@
+"""When a run saves, and what it goes on from."""
+
+from collections.abc import Callable
+from pathlib import Path
+from time import monotonic
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from engine.config import PPOConfig, SupervisedConfig, settings_that_stay
+from engine.distributed import comm
+from engine.distributed.checkpoint import (
+    Trained,
+    checkpoints_in,
+    load_checkpoint,
+    newest_checkpoint,
+    remove_checkpoints,
+    save_checkpoint,
+)
+from engine.distributed.stopping import StopRequest
+from engine.tracking import Tracker
+
+
+class Trainer(Protocol):
+    """One that can be put where an earlier one stood."""
+
+    iterations_done: int
+
+    def go_on_from(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None: ...
+
+
+Snapshot = Callable[[], tuple[dict[str, Any], dict[str, Tensor]]]  # small things as JSON, and tensors
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `output_dir`/checkpoints."""
+
+    def __init__(
+        self,
+        config: PPOConfig | SupervisedConfig,
+        trained: Trained,
+        *,
+        contents: dict[str, Any],
+        stop: StopRequest | None = None,
+    ):
+        """
+        Args:
+            contents: digests of the models and the data; a run that goes on has the same.
+            stop: whether somebody has asked the run to stop.
+        """
+        self.settings, self.resume, self.trained, self.request = config.checkpoint, config.resume, trained, stop
+        self.root = Path(config.output_dir) / "checkpoints"
+        self.identity = settings_that_stay(config) | contents
+        self.saved_at = monotonic()
+
+    def go_on(self, trainer: Trainer, new_tracker: Callable[..., Tracker]) -> Tracker:
+        """Put a trainer where `--resume` says, and make the tracker of a run that begins or goes on there.
+
+        A collective.
+
+        Args:
+            new_tracker: takes `resumed_at` and `wandb_id`, as `Tracker` does.
+
+        Raises:
+            ValueError: as `load` and `Tracker`.
+        """
+        kept = self.load()
+        if kept is None:
+            given = {}
+        else:
+            state, tensors = kept
+            trainer.go_on_from(state, tensors)
+            given = dict(resumed_at=trainer.iterations_done, wandb_id=state["wandb_id"])
+        with comm.same_error_everywhere():
+            return new_tracker(**given)
+
+    def load(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """What the run goes on from, by `--resume`; the models have it already. None for a run that begins.
+
+        A collective.
+
+        Raises:
+            ValueError: on every rank, when there are checkpoints and nobody has said what to do about them; or see
+                `newest_checkpoint`.
+        """
+        if self.resume == "auto":
+            folder = newest_checkpoint(self.root, self.identity)
+            if folder is None:
+                return None
+            kept = load_checkpoint(folder, self.trained)
+            if comm.is_main():
+                print(f"Going on from {folder}.", flush=True)
+            return kept
+        with comm.same_error_everywhere():
+            if comm.is_main() and self.resume == "never":
+                remove_checkpoints(self.root)
+            elif comm.is_main() and (found := checkpoints_in(self.root)):
+                raise ValueError(
+                    f"{found[0]} is of an earlier run: go on from it with --resume auto, begin anew with --resume "
+                    f"never (which removes it), or name another --output_dir."
+                )
+        return None
+
+    def stop_asked(self) -> bool:
+        """Whether the run has been asked to stop. A collective."""
+        return self.request is not None and self.request.agreed()
+
+    def after(self, iteration: int, snapshot: Snapshot, tracker: Tracker) -> None:
+        """Save if it is time to: `checkpoint.every` iterations or `checkpoint.minutes` have passed. A collective."""
+        every, minutes = self.settings.every, self.settings.minutes
+        late = minutes is not None and monotonic() - self.saved_at >= 60 * minutes
+        by_the_clock = minutes is not None and comm.of_main(late)  # the ranks' clocks differ
+        if by_the_clock or (every is not None and iteration % every == 0):
+            self.save(iteration, snapshot, tracker)
+
+    def save(self, iteration: int, snapshot: Snapshot, tracker: Tracker) -> bool:
+        """Now. A collective.
+
+        Returns:
+            Whether it was written.
+        """
+        state, tensors = snapshot()
+        state = {"wandb_id": tracker.wandb_id, **state}
+        given = dict(state=state, tensors=tensors, identity=self.identity, keep=self.settings.keep)
+        written = save_checkpoint(self.root, iteration, self.trained, **given)
+        self.saved_at = monotonic()
+        return written
+
+    def stop(self, iteration: int, snapshot: Snapshot, tracker: Tracker) -> None:
+        """Save, and say how the run goes on. A collective."""
+        written = self.save(iteration, snapshot, tracker)
+        if comm.is_main():
+            how = "go on with --resume auto" if written else "--resume auto goes on from an earlier checkpoint"
+            print(f"Stopped in iteration {iteration} as asked: {how}.", flush=True)

@@ -1,0 +1,108 @@
+"""A run that is gone on with is the run that was never interrupted."""
+
+import pytest
+import resuming
+import tiny
+import torch
+
+from engine.config import PretrainingConfig
+
+WHOLE = ("moments", "weights", "averages", "schedule")
+# All that changes from iteration to iteration: an adaptive coefficient, running moments of scores, an average, a
+# second data set, several epochs that end early.
+RICH = dict(
+    ema_decay=0.9,
+    kl_controller="ziegler",
+    kl_horizon=50.0,
+    reward__running_normalisation=True,
+    policy_loss="penalty",
+    target_kl=0.5,
+    tracking__samples_per_iteration=8,
+    checkpoint__every=1,
+    checkpoint__keep=10,
+    num_iterations=5,
+)
+
+
+def of_ppo(folder, kind, **given):
+    demonstrations = tiny.stage_config(folder, "sft").data
+    pretraining = PretrainingConfig(data=demonstrations, coef=0.5)
+    prompts = [f"{word} " * (1 + number % 3) for number, word in enumerate("abcdefghijk")]  # 11: no whole iterations
+    given = RICH | tiny.sharding(kind, folder) | given
+    return tiny.ppo_config(folder, prompts=prompts, pretraining=pretraining, **given)
+
+
+def check_same_end(whole, rest, done, first=None):
+    """`rest`, and what `first` had logged before, is `whole`, bit for bit."""
+    for ours, theirs in zip(rest, whole, strict=True):
+        assert ours["finished"] and ours["began"] == done
+        before = theirs["metrics"][: len(theirs["metrics"]) - len(ours["metrics"])]
+        if first is not None:
+            assert first[0]["metrics"] == before
+        assert ours["metrics"] == theirs["metrics"][len(before) :]
+        for what in WHOLE:
+            assert ours[what] == theirs[what], what
+    assert rest[0]["samples"] == [row for row in whole[0]["samples"] if row["iteration"] > done]  # rank 0 writes them
+
+
+@pytest.mark.parametrize("kind", [0, 2, "strict"])
+def test_ppo_goes_on_as_if_it_had_never_stopped(run_ranks, tmp_path, kind):
+    config = of_ppo(tmp_path, kind)
+    whole = run_ranks(resuming.go, config)
+    assert whole[0]["checkpoints"] == [f"iteration_{n:06d}" for n in (5, 4, 3, 2, 1)]
+    assert len({line["kl/coef"] for line in whole[0]["metrics"]}) == 5, "nothing moves that could be lost"
+    for done in (3, 1):
+        run_ranks(resuming.forget_after, config, done)
+        rest = run_ranks(resuming.go, tiny.changed(config, resume="auto"))
+        check_same_end(whole, rest, done)
+        run_ranks(resuming.forget_after, config, done)
+
+
+@pytest.mark.parametrize(("kind", "moments"), [(2, (1, 2, 4, 5, 7)), ("strict", (3, 6))])
+def test_ppo_goes_on_from_the_middle_of_an_iteration(run_ranks, tmp_path, kind, moments):
+    """Asked before each of an iteration's four steps: experience is in flight. And before an iteration: it is not."""
+    whole = run_ranks(resuming.go, of_ppo(tmp_path, kind, checkpoint__every=None, num_iterations=3))
+    for moment in moments:
+        config = of_ppo(
+            tmp_path, kind, checkpoint__every=None, num_iterations=3, output_dir=str(tmp_path / f"{moment}")
+        )
+        first = run_ranks(resuming.go, config, moment)
+        assert not first[0]["finished"] and len(first[0]["checkpoints"]) == 1
+        rest = run_ranks(resuming.go, tiny.changed(config, resume="auto"))
+        check_same_end(whole, rest, len(first[0]["metrics"]), first)
+
+
+@pytest.mark.parametrize("kind", [0, 2, "strict"])
+@pytest.mark.parametrize("stage", tiny.STAGES)
+def test_a_supervised_stage_goes_on_as_if_it_had_never_stopped(run_ranks, tmp_path, stage, kind):
+    given = dict(num_iterations=5, data__eval_fraction=0.3, eval_every=2, checkpoint__every=1, checkpoint__keep=9)
+    # Dropout in an adapter: the one random number that no key is known for.
+    lora = dict(lora__r=4, lora__dropout=0.3) if kind == 2 else {}
+    config = tiny.stage_config(tmp_path, stage, **given, **lora, **tiny.sharding(kind, tmp_path))
+    whole = run_ranks(resuming.go, config)
+    run_ranks(resuming.forget_after, config, 2)
+    rest = run_ranks(resuming.go, tiny.changed(config, resume="auto"))
+    check_same_end(whole, rest, 2)
+    stopped = tiny.changed(config, output_dir=str(tmp_path / "stopped"), checkpoint__every=None)
+    first = run_ranks(resuming.go, stopped, 4)
+    assert first[0]["checkpoints"] == ["iteration_000003"]
+    check_same_end(whole, run_ranks(resuming.go, tiny.changed(stopped, resume="auto")), 3, first)
+
+
+@pytest.mark.parametrize(("kind", "other"), [(2, 2), ("strict", "strict"), (2, "strict"), ("strict", 0)])
+@pytest.mark.parametrize(("ranks", "then"), [(2, 1), (1, 2)])
+def test_another_number_of_ranks_and_another_stage_go_on_with_the_same_numbers(
+    run_ranks, tmp_path, kind, other, ranks, then
+):
+    config = of_ppo(tmp_path, kind)
+    whole = run_ranks(resuming.go, config, world_size=ranks)
+    run_ranks(resuming.forget_after, config, 2, world_size=ranks)
+    unsharded = dict(zero_stage=None, ds_config=None)
+    changed = tiny.changed(config, resume="auto", **unsharded | tiny.sharding(other, tmp_path))
+    rest = run_ranks(resuming.go, changed, world_size=then)
+    assert rest[0]["began"] == 2
+    for ours, theirs in zip(rest[0]["metrics"], whole[0]["metrics"][2:], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+    for role, weights in whole[0]["whole"].items():
+        for name, tensor in weights.items():
+            torch.testing.assert_close(rest[0]["whole"][role][name], tensor, rtol=0, atol=1e-5)
