@@ -103,6 +103,8 @@ class DeepSpeedPPOTrainer:
         """
         self.progress.iteration += 1
         self.steps, self.drawn = [], 0
+        for engine in filter(None, (self.actor, self.critic)):
+            engine.eval()  # once: what follows leaves it at that
         prompts = prompts.repeated(self.config.rollout.samples_per_prompt)
         with self._timed("generate"):
             episodes = self.episodes(prompts)
