@@ -8,7 +8,7 @@ import gc
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -95,6 +95,7 @@ class Switched:
             switch: another adapter, or none, for the length of a block.
         """
         self.engine, self.switch = engine, switch
+        self.switched = False
 
     @property
     def module(self) -> nn.Module:
@@ -104,10 +105,22 @@ class Switched:
     def eval(self) -> None:
         """Nothing: the mode is the trained engine's."""
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Changed over for the length of the block, and not anew for each of its forward passes. Within it the engine
+        itself answers so too.
+        """
+        with eval_mode(self.module), self.switch(self.module):
+            self.switched = True
+            try:
+                yield
+            finally:
+                self.switched = False
+
     @torch.no_grad()
     def __call__(self, *args, **kwargs) -> Any:
         """A forward pass; a collective under ZeRO-3."""
-        with eval_mode(self.module), self.switch(self.module):
+        with nullcontext() if self.switched else self.held():
             return self.engine(*args, **kwargs)
 
 
@@ -151,6 +164,12 @@ def free(engine: DeepSpeedEngine) -> None:
     gc.collect()
     if device().type == "cuda":
         torch.cuda.empty_cache()
+
+
+def set_training(engine: DeepSpeedEngine) -> None:
+    """Training mode. An engine that is in it already is not walked through, as in `eval_mode`."""
+    if not (engine.training and engine.module.training):
+        engine.train()
 
 
 def stage_of(engine: DeepSpeedEngine) -> int:

@@ -4,6 +4,7 @@ Every rank measures the rows that the plan deals it; adding the ranks' zero-fill
 one rank is thereby NaN on all.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 
 import torch
@@ -85,9 +86,10 @@ def measure(
 def reward_model_scores(sequences: Sequences, reward: Engine | Switched, *, token_budget: int) -> Tensor:
     """(B,) fp32 on the CPU: the reward model's number at the last real token of each row. A collective."""
     reward.eval()
-    return one_number_per_row(
-        lambda batch: reward(batch.input_ids, batch.last_positions), sequences, token_budget=token_budget
-    )
+    with reward.held() if isinstance(reward, Switched) else nullcontext():
+        return one_number_per_row(
+            lambda batch: reward(batch.input_ids, batch.last_positions), sequences, token_budget=token_budget
+        )
 
 
 def per_token_of_all_ranks(mine: list[list[float]]) -> Tensor:

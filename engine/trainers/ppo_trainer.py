@@ -164,6 +164,8 @@ class DeepSpeedPPOTrainer:
             ValueError: on every rank, when a source of scores (see `Scoring.scores`) or an environment fails on any.
         """
         self._begin_iteration()
+        for engine in filter(None, (self.actor, self.critic)):
+            engine.eval()  # once: what follows leaves it at that
         prompts = prompts.repeated(self.config.rollout.samples_per_prompt)
         with self._timed("generate"):
             episodes = self.episodes(prompts)

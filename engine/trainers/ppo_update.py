@@ -10,6 +10,7 @@ from engine.config import PPOConfig
 from engine.data import Examples
 from engine.data.batches import Endless
 from engine.data.sequences import MicroBatch
+from engine.distributed.initialize import set_training
 from engine.distributed.micro_batches import marking_last, my_micro_batches
 from engine.distributed.optimization import accumulate, step_together
 from engine.rlhf_engine import DeepSpeedRLHFEngine
@@ -73,7 +74,7 @@ class PPOUpdate:
     def _backward_actor(self, experience: Experience, step: StepStatistics, penalty_coef: float) -> None:
         coefs = dict(kl_coef=experience.kl_coef, penalty_coef=penalty_coef)
         objective = PolicyObjective(self.config, experience, ref=self.ref, **coefs)
-        self.actor.train()
+        set_training(self.actor)
         self._backward_pretraining(step)  # its gradients add up to the policy's
         for batch, last in marking_last(self._micro_batches(experience)):
             new = self.actor(
@@ -103,7 +104,7 @@ class PPOUpdate:
             accumulate(self.actor, self.config.pretraining.coef * loss, last=False)
 
     def _backward_critic(self, experience: Experience, step: StepStatistics) -> None:
-        self.critic.train()
+        set_training(self.critic)
         for batch, last in marking_last(self._micro_batches(experience)):
             loss = self._value_loss(self.critic(batch.input_ids, batch.positions), experience, batch, step)
             accumulate(self.critic, self.config.value_coef * loss, last=last)
