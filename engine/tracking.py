@@ -25,6 +25,7 @@ import yaml
 from tqdm import tqdm
 
 from engine.config import PPOConfig, SupervisedConfig, TrackingConfig, as_dict
+from engine.config.secrets import shown as shown_settings
 
 
 class Tracker:
@@ -57,7 +58,7 @@ class Tracker:
         self.is_main, self.shown = is_main, shown
         if not is_main:
             return
-        run_config, output_dir = as_dict(config), Path(config.output_dir)
+        run_config, output_dir = shown_settings(as_dict(config)), Path(config.output_dir)
         self.output_dir = output_dir
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
@@ -67,8 +68,7 @@ class Tracker:
                 else:
                     _set_aside(output_dir / name)
             (output_dir / "config.yaml").write_text(yaml.safe_dump(run_config, sort_keys=False))
-            self.metrics_file = open(output_dir / "metrics.jsonl", "a")  # noqa: SIM115 - closed by __exit__
-            self.samples_file = None  # opened by the first sample: not every run has any
+            (output_dir / "metrics.jsonl").touch()
         except OSError as error:
             raise ValueError(f"output_dir={output_dir} cannot be written to: {error}") from error
         self.bar = tqdm(total=num_iterations, initial=resumed_at, unit="iteration", disable=not sys.stderr.isatty())
@@ -83,11 +83,8 @@ class Tracker:
         """One iteration: its metrics and a few of its responses."""
         if not self.is_main:
             return
-        _write_line(self.metrics_file, {"iteration": iteration, **metrics})
-        if samples and self.samples_file is None:
-            self.samples_file = open(self.output_dir / "samples.jsonl", "a")  # noqa: SIM115 - closed by __exit__
-        for sample in samples:
-            _write_line(self.samples_file, sample)
+        self._write("metrics", [{"iteration": iteration, **metrics}])
+        self._write("samples", samples)
         self.bar.update(iteration - self.bar.n)
         said = "  ".join(f"{name} {metrics[name]:.4g}" for name in self.shown if name in metrics)
         self.bar.set_postfix_str(said)
@@ -96,6 +93,37 @@ class Tracker:
             took = f"  {sum(seconds):.2f} s" if seconds else ""
             print(f"iteration {iteration}/{self.bar.total}  {said}{took}", flush=True)
         self._to_wandb(iteration, metrics, samples)
+
+    def warn(self, iteration: int, name: str, sentence: str) -> None:
+        """Something is wrong with the run's numbers: aloud, and in `warnings.jsonl`."""
+        if not self.is_main:
+            return
+        print(f"Warning: iteration {iteration}: {sentence}", flush=True)
+        self._write("warnings", [{"iteration": iteration, "warning": name, "sentence": sentence}])
+
+    def quarantine(self, rows: list[dict[str, Any]]) -> None:
+        """Responses with which a step could not be taken, in `quarantine.jsonl`."""
+        if self.is_main:
+            self._write("quarantine", rows)
+
+    def go_back_to(self, iteration: int) -> None:
+        """Drop what has been said of later iterations: these come again."""
+        if not self.is_main:
+            return
+        for name in ("metrics", "samples"):
+            _cut_after(self.output_dir / f"{name}.jsonl", iteration)
+        self.bar.reset()
+        self.bar.update(iteration)
+
+    def _write(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Add lines to a file of the run's. A full disk does not end the run."""
+        if not rows:
+            return
+        try:
+            with open(self.output_dir / f"{name}.jsonl", "a") as file:
+                file.writelines(_line(row) for row in rows)
+        except OSError as error:
+            print(f"WARNING: {name}.jsonl CANNOT BE WRITTEN ({error}); the run goes on.", flush=True)
 
     def _to_wandb(self, iteration: int, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
         if self.wandb is None:
@@ -120,9 +148,6 @@ class Tracker:
         if not self.is_main:
             return
         self.bar.close()
-        self.metrics_file.close()
-        if self.samples_file is not None:
-            self.samples_file.close()
         if self.wandb is not None:
             try:
                 self.wandb.finish(exit_code=0 if error is None else 1)
@@ -130,11 +155,10 @@ class Tracker:
                 print(f"W&B did not close its run ({type(failure).__name__}: {failure}).", flush=True)
 
 
-def _write_line(file, row: dict[str, Any]) -> None:
+def _line(row: dict[str, Any]) -> str:
     # JSON has no NaN or inf: a number that is not finite is written as null.
     plain = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
-    file.write(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
-    file.flush()
+    return json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _set_aside(path: Path) -> None:

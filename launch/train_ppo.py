@@ -54,8 +54,9 @@ def train(config: PPOConfig, this_run: Run) -> None:
         print(f"Weights in memory, MiB: {sizes}", flush=True)
         for name, why in config.without_effect.items():
             print(f"Note: {name} has no effect in this run: {why}.", flush=True)
-    trainer = DeepSpeedPPOTrainer(rlhf_engine, config, pretraining, on_phase=this_run.watch.tell)
-    checkpoints = Checkpoints(config, rlhf_engine.trained, contents=contents, stop=this_run.stop)
+    told = this_run.watch.tell
+    trainer = DeepSpeedPPOTrainer(rlhf_engine, config, pretraining, on_phase=told)
+    checkpoints = Checkpoints(config, rlhf_engine.trained, contents=contents, stop=this_run.stop, on_phase=told)
     tracker = checkpoints.go_on(
         trainer, partial(Tracker, config, num_iterations=num_iterations, is_main=comm.is_main())
     )

@@ -20,8 +20,8 @@ LAYERS = {
     "trainers": 5,
 }
 # Neither is a layer: the config is for layers 2 and up, a tracker is told what to write.
-FREE = {"config", "environments", "scores", "tracking"}
-MAY_IMPORT = {"config": set(), "environments": {"scores"}, "tracking": {"config"}}
+FREE = {"config", "environments", "run_folder", "scores", "tracking"}
+MAY_IMPORT = {"config": set(), "environments": {"scores"}, "run_folder": set(), "tracking": {"config"}}
 
 
 def part_of(module: str) -> str:
@@ -57,6 +57,8 @@ def allowed(importer: str, imported: str) -> bool:
         return LAYERS[importer] >= 2
     if imported == "tracking":
         return importer == "trainers"
+    if imported == "run_folder":
+        return importer == "distributed"
     return LAYERS[imported] < LAYERS[importer]
 
 

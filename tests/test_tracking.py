@@ -74,6 +74,52 @@ def test_an_earlier_runs_metrics_are_kept_aside(tmp_path, capsys):
     assert "metrics.jsonl is from an earlier run: kept as metrics.previous.jsonl" in capsys.readouterr().out
 
 
+def test_a_run_that_goes_on_drops_what_comes_again(tmp_path, capsys):
+    sample = SAMPLES[0]
+    with tracker(tmp_path) as track:
+        for number in (1, 2, 3):
+            track.log(number, METRICS | {"score/mean": float(number)}, [sample | {"iteration": number}])
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"iteration": 4, "score/me')  # the run was killed in the middle of a line
+    with Tracker(run_config(tmp_path), num_iterations=4, is_main=True, resumed_at=2) as track:
+        assert [row["iteration"] for row in lines(tmp_path / "metrics.jsonl")] == [1, 2]
+        track.log(3, METRICS | {"score/mean": 30.0}, [sample | {"iteration": 3}])
+        track.log(4, METRICS, [])
+        assert [row["score/mean"] for row in lines(tmp_path / "metrics.jsonl")] == [1.0, 2.0, 30.0, 1.5]
+        assert [row["iteration"] for row in lines(tmp_path / "samples.jsonl")] == [1, 2, 3]
+        track.go_back_to(1)
+        assert [row["iteration"] for row in lines(tmp_path / "metrics.jsonl")] == [1]
+        track.log(2, METRICS, [])
+    assert [row["iteration"] for row in lines(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert "kept as" not in capsys.readouterr().out
+
+
+def test_warnings_and_quarantined_responses_are_lines_of_their_own(tmp_path, capsys):
+    with tracker(tmp_path) as track:
+        track.warn(3, "no end", "hardly any response ends.")
+        track.quarantine([{"iteration": 3, "score": math.nan, "response": "日本"}])
+        track.quarantine([])
+    assert lines(tmp_path / "warnings.jsonl") == [
+        {"iteration": 3, "warning": "no end", "sentence": "hardly any response ends."}
+    ]
+    assert lines(tmp_path / "quarantine.jsonl") == [{"iteration": 3, "score": None, "response": "日本"}]
+    assert "Warning: iteration 3: hardly any response ends." in capsys.readouterr().out
+    with tracker(tmp_path / "other", is_main=False) as track:
+        track.warn(1, "name", "sentence")
+        track.quarantine([{"iteration": 1}])
+    assert not (tmp_path / "other").exists() and capsys.readouterr().out == ""
+
+
+def test_a_file_that_cannot_be_written_does_not_end_the_run(tmp_path, capsys):
+    with tracker(tmp_path) as track:
+        (tmp_path / "metrics.jsonl").unlink()
+        (tmp_path / "metrics.jsonl").mkdir()
+        track.log(1, METRICS, SAMPLES)
+    said = capsys.readouterr().out
+    assert "WARNING: metrics.jsonl CANNOT BE WRITTEN ([Errno 21] Is a directory" in said
+    assert len(lines(tmp_path / "samples.jsonl")) == 1
+
+
 def test_a_folder_that_cannot_be_written_to_is_a_readable_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"output_dir=.*file/out cannot be written to"):

@@ -12,6 +12,7 @@ from engine.config import (
     DemonstrationDataConfig,
     DPOConfig,
     FrozenRoleConfig,
+    KLGuardConfig,
     LoRAConfig,
     PPOConfig,
     PreferenceDataConfig,
@@ -173,6 +174,7 @@ def ppo_config(folder: Path, *, model: str = LLAMA, prompts: list[str] | None = 
         rollout=RolloutConfig,
         tracking=TrackingConfig,
         checkpoint=CheckpointConfig,
+        kl_guard=KLGuardConfig,
     )
     return PPOConfig(**run, **{group: classes[group](**fields) for group, fields in nested.items()})
 

@@ -8,6 +8,7 @@ from typing import Literal
 from engine.config.checkpoint import CheckpointConfig
 from engine.config.checks import at_least, ds_config_of, next_multiple
 from engine.config.data import DataConfig
+from engine.config.guards import KLGuardConfig
 from engine.config.roles import (
     CriticConfig,
     FrozenRoleConfig,
@@ -75,6 +76,7 @@ class PPOConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    kl_guard: KLGuardConfig = field(default_factory=KLGuardConfig)
     pretraining: PretrainingConfig | None = None
     shared_trunk: bool = False
 

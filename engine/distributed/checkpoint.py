@@ -8,11 +8,7 @@
 Nothing here is pickled. A checkpoint is read by any number of ranks, under any ZeRO stage.
 """
 
-import base64
-import hashlib
 import json
-import os
-import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -20,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from deepspeed import DeepSpeedEngine
 from safetensors import SafetensorError, safe_open
@@ -28,11 +23,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.distributed import comm
+from engine.distributed.checkpoint_folder import FORMAT, MANIFEST, checkpoints_in, digest, flush, newest_whole, remove
+from engine.distributed.initialize import set_learning_rates
 from engine.distributed.moving_average import MovingAverage
 from engine.distributed.pieces import Piece, Read, give_back, my_pieces, steps_taken, tell_the_model
+from engine.distributed.random_states import random_states, set_random_states
 
-FORMAT = 1
-MANIFEST, STATE, TENSORS = "manifest.json", "state.json", "tensors.safetensors"
+STATE, TENSORS = "state.json", "tensors.safetensors"
 NAME = "iteration_{:06d}"
 
 
@@ -71,7 +68,7 @@ def save_checkpoint(
     half_done = folder.with_name(folder.name + ".partial")
     trouble = _agreed(lambda: _begin(half_done) if comm.is_main() else None)
     if trouble is None:
-        everyones = comm.gathered_objects(_random_states())
+        everyones = comm.gathered_objects(random_states())
         engines = {role: _of_engine(engine) for role, engine in trained.engines.items()}
         small = {"iteration": iteration, "state": state, "engines": engines, "random": everyones}
         trouble = _agreed(lambda: _write(half_done, trained, small, tensors))
@@ -86,8 +83,8 @@ def save_checkpoint(
             "files": digests,
         }
         trouble = _agreed(lambda: _finish(half_done, folder, manifest) if comm.is_main() else None)
-    if trouble is None:
-        trouble = _agreed(lambda: _check_mine(folder))
+    if trouble is None and (trouble := _agreed(lambda: _check_mine(folder))) is not None and comm.is_main():
+        remove(folder)
     if trouble is not None:
         if comm.is_main():
             shutil.rmtree(half_done, ignore_errors=True)
@@ -99,19 +96,8 @@ def save_checkpoint(
         return False
     if comm.is_main():
         for old in checkpoints_in(root)[keep:]:
-            _remove(old)
+            remove(old)
     return True
-
-
-def checkpoints_in(root: Path) -> list[Path]:
-    """The newest first."""
-    return sorted((path for path in root.glob("iteration_*") if path.name[len("iteration_") :].isdigit()), reverse=True)
-
-
-def remove_checkpoints(root: Path) -> None:
-    """All of them."""
-    for folder in checkpoints_in(root):
-        _remove(folder)
 
 
 def newest_checkpoint(root: Path, identity: Mapping[str, Any]) -> Path | None:
@@ -121,7 +107,7 @@ def newest_checkpoint(root: Path, identity: Mapping[str, Any]) -> Path | None:
         ValueError: on every rank, when it is another run's, or when not one of them is whole.
     """
     with comm.same_error_everywhere():
-        found = _newest_whole(root, identity) if comm.is_main() else None
+        found = newest_whole(root, identity) if comm.is_main() else None
     return comm.of_main(found)
 
 
@@ -150,7 +136,7 @@ def load_checkpoint(folder: Path, trained: Trained) -> tuple[dict[str, Any], dic
             for role, average in trained.averages.items():
                 average.give_back(pieces.reader(role))
     with comm.same_error_everywhere():
-        _to_random_states(small["random"])
+        set_random_states(small["random"])
         tensors = load_file(folder / TENSORS)
     return small["state"], tensors
 
@@ -173,7 +159,7 @@ def _write(folder: Path, trained: Trained, small: dict[str, Any], tensors: Mappi
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS)
         (folder / STATE).write_text(json.dumps(small))
     for name in _mine():
-        _flush(folder / name)
+        flush(folder / name)
 
 
 def _everything(trained: Trained) -> Iterator[tuple[str, Piece]]:
@@ -185,28 +171,10 @@ def _everything(trained: Trained) -> Iterator[tuple[str, Piece]]:
 
 def _finish(half_done: Path, folder: Path, manifest: dict[str, Any]) -> None:
     (half_done / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    _flush(half_done / MANIFEST)
-    _remove(folder)  # of a run that went back to before it
+    flush(half_done / MANIFEST)
+    remove(folder)  # of a run that went back to before it
     half_done.rename(folder)
-    _flush(folder.parent)
-
-
-def _remove(folder: Path) -> None:
-    """In one step as far as readers are concerned."""
-    leaving = folder.with_name(folder.name + ".removed")
-    shutil.rmtree(leaving, ignore_errors=True)
-    if folder.exists():
-        folder.rename(leaving)
-    shutil.rmtree(leaving, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    """To the disk, past the machine's memory."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    flush(folder.parent)
 
 
 def _file_of(rank: int) -> str:
@@ -219,12 +187,7 @@ def _mine() -> list[str]:
 
 
 def _my_digests(folder: Path) -> list[tuple[str, dict[str, Any]]]:
-    return [(name, _digest(folder / name)) for name in _mine()]
-
-
-def _digest(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "blake2b": hashlib.file_digest(file, "blake2b").hexdigest()}
+    return [(name, digest(folder / name)) for name in _mine()]
 
 
 def _agreed(act: Callable[[], Any]) -> str | None:
@@ -244,54 +207,8 @@ def _check_mine(folder: Path) -> None:
     """
     wanted = json.loads((folder / MANIFEST).read_text())["files"]
     for name in _mine():
-        if _digest(folder / name) != wanted[name]:
+        if digest(folder / name) != wanted[name]:
             raise ValueError(f"{folder / name} does not read as it was written")
-
-
-def _newest_whole(root: Path, identity: Mapping[str, Any]) -> Path | None:
-    found = checkpoints_in(root)
-    for folder in found:
-        if (damage := _damage(folder)) is None:
-            _check_identity(folder, identity)
-            return folder
-        print(f"{folder} is damaged ({damage}): passed over.", flush=True)
-    if found:
-        raise ValueError(f"Not one checkpoint in {root} is whole. Begin anew with --resume never.")
-    return None
-
-
-def _damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files; None if nothing is."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        files = {name: (wanted["bytes"], wanted) for name, wanted in manifest["files"].items()}
-        identity, version = manifest["identity"], manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST}: {type(error).__name__}: {error}"
-    if version != FORMAT or not isinstance(identity, dict):
-        return f"{MANIFEST}: format {version}, this is {FORMAT}"
-    for name, (size, wanted) in files.items():
-        path = folder / Path(name).name  # a manifest names nothing outside its folder
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes of {size}"
-        if _digest(path) != wanted:
-            return f"{name} is not what was written"
-    return None
-
-
-def _check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
-    theirs = json.loads((folder / MANIFEST).read_text())["identity"]
-    ours = json.loads(json.dumps(identity))  # as the file has it: tuples as lists
-    differing = [name for name in sorted(theirs.keys() | ours.keys()) if theirs.get(name) != ours.get(name)]
-    if differing:
-        said = "; ".join(f"{name} was {theirs.get(name)!r}, is {ours.get(name)!r}" for name in differing[:3])
-        more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
-        raise ValueError(
-            f"{folder} is of another run: {said}{more}. Go on with the settings that it began with, or begin anew with "
-            f"--resume never."
-        )
 
 
 class _PiecesOnDisk:
@@ -348,41 +265,6 @@ def _of_engine(engine: DeepSpeedEngine) -> dict[str, Any]:
 
 def _to_engine(engine: DeepSpeedEngine, kept: dict[str, Any]) -> None:
     engine.global_steps = kept["steps"]
-    schedule = engine.lr_scheduler
-    schedule.last_epoch = kept["schedule"]
-    rates = [
-        base * factor(schedule.last_epoch) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
-    ]
-    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    for name, value in kept["loss_scale"].items():
-        setattr(engine.optimizer.loss_scaler, name, value)
-
-
-def _random_states() -> dict[str, Any]:
-    """Of this rank's generators. The noise of responses is not among them: it is keyed by iteration and prompt."""
-    version, numbers, gauss = random.getstate()
-    kind, keys, *rest = numpy.random.get_state()  # noqa: NPY002 - what users' code draws from
-    torches = [torch.get_rng_state()]
-    if comm.device().type == "cuda":
-        torches.append(torch.cuda.get_rng_state())
-    return {
-        "python": [version, list(numbers), gauss],
-        "numpy": [kind, keys.tolist(), *rest],
-        "torch": [base64.b64encode(state.numpy().tobytes()).decode() for state in torches],
-    }
-
-
-def _to_random_states(everyones: list[dict[str, Any]]) -> None:
-    """Those of this rank; a rank that there was not goes on with its own."""
-    if comm.rank() >= len(everyones):
-        return
-    mine = everyones[comm.rank()]
-    version, numbers, gauss = mine["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    kind, keys, *rest = mine["numpy"]
-    numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), *rest))  # noqa: NPY002 - as above
-    states = [torch.frombuffer(bytearray(base64.b64decode(state)), dtype=torch.uint8) for state in mine["torch"]]
-    torch.set_rng_state(states[0])
-    if comm.device().type == "cuda" and len(states) > 1:
-        torch.cuda.set_rng_state(states[1])
+    set_learning_rates(engine, schedule_step=kept["schedule"], factor=1.0)
+    if (scaler := getattr(engine.optimizer, "loss_scaler", None)) is not None:
+        vars(scaler).update(kept["loss_scale"])

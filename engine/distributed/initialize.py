@@ -172,6 +172,20 @@ def set_training(engine: DeepSpeedEngine) -> None:
         engine.train()
 
 
+def set_learning_rates(engine: DeepSpeedEngine, *, schedule_step: int, factor: float) -> None:
+    """Those of a schedule's step, times a factor from now on.
+
+    Args:
+        factor: on the rates that the engine was made with.
+    """
+    schedule = engine.lr_scheduler
+    schedule.last_epoch = schedule_step
+    groups = schedule.optimizer.param_groups
+    schedule.base_lrs = [factor * group["initial_lr"] for group in groups]
+    for group, base, shape in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+        group["lr"] = base * shape(schedule_step)
+
+
 def stage_of(engine: DeepSpeedEngine) -> int:
     """The ZeRO stage an engine runs at."""
     return engine.zero_optimization_stage()

@@ -5,6 +5,7 @@ from types import TracebackType
 from typing import Any
 
 from engine.config import as_dict
+from engine.config.secrets import shown
 from engine.distributed import comm
 from engine.distributed.stopping import StopRequest
 from engine.distributed.watch import Watch
@@ -29,7 +30,9 @@ class Run:
         comm.init_distributed(timeout_s=config.distributed_timeout_s)
         self.stop = StopRequest.listening()
         config.check_world_size(comm.world_size())
-        comm.check_same_everywhere({"the configuration": as_dict(config), "the installed versions": comm.versions()})
+        comm.check_same_everywhere(
+            {"the configuration": shown(as_dict(config)), "the installed versions": comm.versions()}
+        )
         with comm.same_error_everywhere():
             self.lock = claim(Path(config.output_dir)) if comm.is_main() else None
         self.watch = Watch()

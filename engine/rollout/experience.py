@@ -14,10 +14,8 @@ from engine.algorithms.rewards import kl_shaped_rewards
 from engine.data.sequences import MicroBatch, Sequences, ragged_index
 from engine.rollout.measuring import Measurements
 
-PER_TOKEN = (
-    *("logprobs", "behaviour_logprobs", "ref_logprobs", "kl", "entropy"),
-    *("values", "rewards", "advantages", "returns"),
-)
+MEASURED = ("logprobs", "behaviour_logprobs", "ref_logprobs", "kl", "entropy", "values")
+PER_TOKEN = (*MEASURED, "rewards", "advantages", "returns")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +81,19 @@ class Experience:
         broken = {name: int((~tensor.isfinite()).sum()) for name, tensor in tensors}
         said = ", ".join(f"{number} of {name}" for name, number in broken.items() if number)
         return said and f"not finite: {said}"
+
+    @property
+    def broken_rows(self) -> dict[int, list[str]]:
+        """Rows in which something that was scored or measured is not finite -> what it is. What is computed from it,
+        over all rows together, may then be NaN everywhere.
+        """
+        found: dict[int, list[str]] = {int(row): ["scores"] for row in (~self.scores.isfinite()).nonzero()}
+        row_of_token = torch.repeat_interleave(torch.arange(len(self)), self.sequences.response_lengths)
+        for name in MEASURED:
+            if (tensor := getattr(self, name)) is not None:
+                for row in row_of_token[~tensor.isfinite()].unique().tolist():
+                    found.setdefault(row, []).append(name)
+        return found
 
     def of(self, batch: MicroBatch, name: str) -> Tensor:
         """(n,) one of the per-token tensors at a micro-batch's response tokens, on the micro-batch's device."""

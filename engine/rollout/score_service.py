@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 from torch import Tensor
 
+from engine.config.secrets import with_environment, without_secrets
 from engine.rollout.score_functions import checked_scores
 
 MOST_SHOWN = 1000  # characters of an answer that is not the scores
@@ -36,6 +37,7 @@ def scores_of_service(
     A service that cannot be reached, takes too long, or answers 429 or 5xx is asked again.
 
     Args:
+        url: `$NAME` and `${NAME}` in it are filled in from the environment; what looks like a secret is not shown.
         timeout_s: for one attempt.
         retries: attempts after the first.
 
@@ -43,7 +45,7 @@ def scores_of_service(
         ValueError: names the service and what it did, when the last attempt failed, or when asking again would not
             help: another status, or an answer that is not the scores.
     """
-    source = f"the score service {url}"
+    source, url = f"the score service {without_secrets(url)}", with_environment(url)
     body = _as_json({"prompts": prompts, "responses": responses, "columns": columns})
     for attempt in range(retries + 1):
         if attempt > 0:

@@ -9,14 +9,8 @@ from torch import Tensor
 
 from engine.config import PPOConfig, SupervisedConfig, settings_that_stay
 from engine.distributed import comm
-from engine.distributed.checkpoint import (
-    Trained,
-    checkpoints_in,
-    load_checkpoint,
-    newest_checkpoint,
-    remove_checkpoints,
-    save_checkpoint,
-)
+from engine.distributed.checkpoint import Trained, load_checkpoint, newest_checkpoint, save_checkpoint
+from engine.distributed.checkpoint_folder import checkpoints_in, remove_checkpoints
 from engine.distributed.stopping import StopRequest
 from engine.tracking import Tracker
 
@@ -42,12 +36,15 @@ class Checkpoints:
         *,
         contents: dict[str, Any],
         stop: StopRequest | None = None,
+        on_phase: Callable[[str, int], None] | None = None,
     ):
         """
         Args:
             contents: digests of the models and the data; a run that goes on has the same.
             stop: whether somebody has asked the run to stop.
+            on_phase: told the phase, save, and the iteration whenever one begins.
         """
+        self.on_phase = on_phase
         self.settings, self.resume, self.trained, self.request = config.checkpoint, config.resume, trained, stop
         self.root = Path(config.output_dir) / "checkpoints"
         self.identity = settings_that_stay(config) | contents
@@ -84,13 +81,7 @@ class Checkpoints:
                 `newest_checkpoint`.
         """
         if self.resume == "auto":
-            folder = newest_checkpoint(self.root, self.identity)
-            if folder is None:
-                return None
-            kept = load_checkpoint(folder, self.trained)
-            if comm.is_main():
-                print(f"Going on from {folder}.", flush=True)
-            return kept
+            return self.load_newest()
         with comm.same_error_everywhere():
             if comm.is_main() and self.resume == "never":
                 remove_checkpoints(self.root)
@@ -100,6 +91,20 @@ class Checkpoints:
                     f"never (which removes it), or name another --output_dir."
                 )
         return None
+
+    def load_newest(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Go back to the newest checkpoint; None where there is none. A collective.
+
+        Raises:
+            ValueError: see `newest_checkpoint`.
+        """
+        folder = newest_checkpoint(self.root, self.identity)
+        if folder is None:
+            return None
+        kept = load_checkpoint(folder, self.trained)
+        if comm.is_main():
+            print(f"Going on from {folder}.", flush=True)
+        return kept
 
     def stop_asked(self) -> bool:
         """Whether the run has been asked to stop. A collective."""
@@ -119,6 +124,8 @@ class Checkpoints:
         Returns:
             Whether it was written.
         """
+        if self.on_phase is not None:
+            self.on_phase("save", iteration)
         state, tensors = snapshot()
         state = {"wandb_id": tracker.wandb_id, **state}
         given = dict(state=state, tensors=tensors, identity=self.identity, keep=self.settings.keep)

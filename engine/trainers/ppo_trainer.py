@@ -23,6 +23,7 @@ from engine.data import Examples, PromptBatch
 from engine.data.batches import Endless
 from engine.data.sequences import Sequences
 from engine.distributed import comm
+from engine.distributed.initialize import set_learning_rates
 from engine.rlhf_engine import DeepSpeedRLHFEngine
 from engine.rollout.environments import load_environment
 from engine.rollout.episodes import Episodes, played_episodes
@@ -33,7 +34,8 @@ from engine.rollout.sampler import Sampler
 from engine.rollout.scoring import Scored, Scoring
 from engine.tracking import Tracker
 from engine.trainers.checkpoints import Checkpoints
-from engine.trainers.health import of_another_policy
+from engine.trainers.guards import quarantine_rows, ran_away
+from engine.trainers.health import signs_of_trouble
 from engine.trainers.own_loop import check_groups, scored_sequences
 from engine.trainers.ppo_metrics import ended, experience_metrics, sample_rows, step_metrics
 from engine.trainers.ppo_update import PPOUpdate
@@ -48,7 +50,7 @@ SMALLER = {
 
 
 # What the trainer knows of the iteration under way, beside `progress`; numbers and texts.
-OF_ITERATION = ("steps", "samples", "seconds", "unscored", "warned")
+OF_ITERATION = ("steps", "samples", "seconds", "unscored", "told")
 
 
 class DeepSpeedPPOTrainer:
@@ -93,7 +95,8 @@ class DeepSpeedPPOTrainer:
         self.steps: list[dict[str, float]] = []
         self.samples: list[dict[str, Any]] = []
         self.unscored = 0
-        self.warned = False
+        self.told: list[str] = []  # signs of trouble, each once in a run
+        self.quarantined: list[dict[str, Any]] = []
         self.in_flight: Experience | None = None  # of an iteration that is not over
         self.resumed_at = 0  # iterations that the prompts given to `train` have been drawn for
         self.drawn = 0  # responses that `generate` has drawn since the last step
@@ -118,11 +121,22 @@ class DeepSpeedPPOTrainer:
         while self.in_flight is not None or self.progress.iteration < num_iterations:
             if self.in_flight is None and not stop_asked():
                 self.in_flight = self.generate_experience(next(batches))
-            if self.in_flight is None or not self.train_on(self.in_flight, stop_asked):
+                if ran_away(self.in_flight, self.config.kl_guard):
+                    self._go_back(checkpoints, tracker)
+                    batches, self.resumed_at = Endless(prompts, drawn=self.resumed_at), 0
+                    continue
+            try:
+                finished = self.in_flight is not None and self.train_on(self.in_flight, stop_asked)
+            finally:
+                tracker.quarantine(self.quarantined)
+                self.quarantined = []
+            if not finished:
                 checkpoints.stop(self.progress.iteration, self.snapshot, tracker)
                 return False
-            experience, self.in_flight = self.in_flight, None
-            tracker.log(self.progress.iteration, self.metrics(experience), self.samples)
+            metrics = self.metrics(self.in_flight)
+            self.in_flight = None
+            tracker.log(self.progress.iteration, metrics, self.samples)
+            self._tell(metrics, tracker)
             if checkpoints is not None:
                 checkpoints.after(self.progress.iteration, self.snapshot, tracker)
         return True
@@ -146,6 +160,7 @@ class DeepSpeedPPOTrainer:
     def go_on_from(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Take up what `snapshot` said; the models have been put back."""
         self.progress = Progress.of(state["progress"])
+        self._slow_down()
         self.resumed_at = self.progress.iteration
         for name in OF_ITERATION:
             setattr(self, name, state[name])
@@ -175,6 +190,7 @@ class DeepSpeedPPOTrainer:
             scored = self.scoring.scores(prompts, episodes.responses, sequences, episodes.conversations)
             experience = self._experience(sequences, behaviour_logprobs, scored)
         self.samples = self._samples(prompts, episodes, experience)
+        self._quarantine(experience, experience.broken_rows, "a score or a measurement is not finite")
         return experience
 
     def generate(self, queries: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -332,7 +348,6 @@ class DeepSpeedPPOTrainer:
                     self.progress.minibatches += 1
                 if done == 0 and self._far_enough():
                     break
-        self._warn(of_another_policy(self.steps, next(self.actor.module.parameters()).dtype))
         self.progress.penalty_coef = next_penalty_coef(self.config, self.progress.penalty_coef, self.steps)
         self.progress.minibatches = 0
         return True
@@ -355,7 +370,9 @@ class DeepSpeedPPOTrainer:
             return self._skip("no response tokens" if count == 0 else experience.not_finite)
         metrics = self.update.step(experience, penalty_coef=self.progress.penalty_coef)
         if metrics is None:
-            return self._skip("a loss or a gradient that is not finite")
+            cause = "a loss or a gradient that is not finite"
+            self._quarantine(experience, {row: [] for row in range(len(experience))}, cause)
+            return self._skip(cause)
         self.progress.skipped_in_a_row = 0
         self.steps.append(metrics)
         return metrics["loss/policy"], metrics["loss/value"]
@@ -383,11 +400,49 @@ class DeepSpeedPPOTrainer:
         self.progress.minibatches = self.drawn = 0
         self.steps = []
 
-    def _warn(self, warning: str | None) -> None:
-        """Once in a run."""
-        if warning is not None and not self.warned and comm.is_main():
-            print(f"Warning: iteration {self.progress.iteration}: {warning}", flush=True)
-        self.warned |= warning is not None
+    def _go_back(self, checkpoints: Checkpoints | None, tracker: Tracker) -> None:
+        """To the newest checkpoint, and on with smaller learning rates.
+
+        Raises:
+            RuntimeError: there is none, or it has been done often enough.
+        """
+        guard, times = self.config.kl_guard, self.progress.roll_backs + 1
+        kl = self.in_flight.kl.sum().item() / self.in_flight.num_scored
+        said = f"iteration {self.progress.iteration}: the KL to the ref is {kl:.3g} nats per response"
+        said += f", more than kl_guard.max_kl={guard.max_kl}"
+        kept = checkpoints.load_newest() if checkpoints is not None and times <= guard.roll_backs else None
+        if kept is None:
+            raise RuntimeError(f"{said}: the run stops. Raise kl_coef, or lower the learning rates.")
+        self.in_flight = None
+        self.go_on_from(*kept)
+        self.progress.roll_backs = times
+        self._slow_down()
+        tracker.go_back_to(self.iterations_done)
+        factor = guard.factor**times
+        tracker.warn(
+            self.progress.iteration, "rolled back", f"{said}: back to here, with learning rates times {factor:.3g}."
+        )
+
+    def _slow_down(self) -> None:
+        """Learning rates as often made smaller as the run was sent back."""
+        for engine in self.rlhf_engine.trained.engines.values() if self.progress.roll_backs else ():
+            factor = self.config.kl_guard.factor**self.progress.roll_backs
+            set_learning_rates(engine, schedule_step=engine.lr_scheduler.last_epoch, factor=factor)
+
+    def _quarantine(self, experience: Experience, rows: dict[int, list[str]], cause: str) -> None:
+        kept = quarantine_rows(experience, rows, self.tokenizer)
+        self.quarantined += [{"iteration": self.progress.iteration, "cause": cause, **row} for row in kept]
+
+    def _tell(self, metrics: dict[str, float], tracker: Tracker) -> None:
+        """What is wrong with the iteration's numbers, and with which responses no step could be taken."""
+        given = dict(
+            dtype=next(self.actor.module.parameters()).dtype,
+            max_response_tokens=self.config.rollout.max_response_tokens,
+        )
+        for name, sentence in signs_of_trouble(metrics, self.steps, **given).items():
+            if name not in self.told:
+                self.told.append(name)
+                tracker.warn(self.progress.iteration, name, sentence)
 
     def _skip(self, cause: str) -> tuple[float, float]:
         self.progress.skipped_steps += 1

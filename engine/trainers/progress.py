@@ -20,6 +20,7 @@ class Progress:
         kl_coef: for the next experience.
         penalty_coef: for the next experience's steps.
         scores: of all scores so far, where they are normalised.
+        roll_backs: how often the KL guard has sent the run back.
     """
 
     iteration: int = 0
@@ -29,6 +30,7 @@ class Progress:
     scores: Moments = field(default_factory=Moments)
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    roll_backs: int = 0
 
     @classmethod
     def of(cls, kept: dict[str, Any]) -> "Progress":

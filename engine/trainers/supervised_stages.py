@@ -53,7 +53,8 @@ class Stage:
             shown: the metrics of the progress line.
         """
         config, trained = self.trainer.config, Trained(engines={"model": self.model}, averages={})
-        checkpoints = Checkpoints(config, trained, contents=self.contents, stop=this_run.stop)
+        heard = dict(stop=this_run.stop, on_phase=this_run.watch.tell)
+        checkpoints = Checkpoints(config, trained, contents=self.contents, **heard)
         given = dict(num_iterations=self.num_iterations, is_main=comm.is_main(), shown=shown)
         self.trainer.on_phase = this_run.watch.tell
         return checkpoints, checkpoints.go_on(self.trainer, partial(Tracker, config, **given))

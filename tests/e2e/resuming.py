@@ -11,7 +11,8 @@ from runs import Log, digest
 
 from engine.config import PPOConfig, SupervisedConfig
 from engine.distributed import comm
-from engine.distributed.checkpoint import Trained, checkpoints_in
+from engine.distributed.checkpoint import Trained
+from engine.distributed.checkpoint_folder import checkpoints_in
 from engine.distributed.pieces import my_pieces
 from engine.trainers.checkpoints import Checkpoints
 
@@ -64,6 +65,7 @@ def go(config: PPOConfig | SupervisedConfig, stop_at: int | None = None) -> dict
         "finished": finished,
         "metrics": log.metrics,
         "samples": log.samples,
+        "warnings": log.warnings,
         "moments": {role: moments(engine) for role, engine in trained.engines.items()},
         "weights": {role: digest(engine) for role, engine in trained.engines.items()},
         "whole": {role: runs.weights(engine) for role, engine in trained.engines.items()},

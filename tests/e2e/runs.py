@@ -21,10 +21,21 @@ class Log:
     def __init__(self):
         self.metrics: list[dict[str, float]] = []
         self.samples: list[dict[str, Any]] = []
+        self.warnings: list[tuple[int, str, str]] = []
+        self.quarantined: list[dict[str, Any]] = []
 
     def log(self, iteration: int, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
         self.metrics.append({name: v for name, v in metrics.items() if not name.startswith(UNCOMPARABLE)})
         self.samples.extend(samples)
+
+    def warn(self, iteration: int, name: str, sentence: str) -> None:
+        self.warnings.append((iteration, name, sentence))
+
+    def quarantine(self, rows: list[dict[str, Any]]) -> None:
+        self.quarantined.extend(rows)
+
+    def go_back_to(self, iteration: int) -> None:
+        del self.metrics[iteration:]
 
 
 def build(config: PPOConfig) -> tuple[DeepSpeedPPOTrainer, Any]:

@@ -57,7 +57,6 @@ def test_every_epoch_of_every_iteration_goes_through_the_responses_in_an_order_o
             steps=[],
             _timed=lambda phase: nullcontext(),
             _far_enough=lambda: False,
-            _warn=lambda warning: None,
         )
         for trainer.progress.iteration in (1, 2, 3):
             DeepSpeedPPOTrainer.train_on(trainer, rollout)

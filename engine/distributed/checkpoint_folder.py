@@ -1,0 +1,96 @@
+"""Folders of checkpoints: which are whole, whose they are, which go. No process group, no model.
+
+A checkpoint's folder appears in one step, with a manifest of its files, their sizes and their digests.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+def checkpoints_in(root: Path) -> list[Path]:
+    """The newest first."""
+    found = {path.name.removeprefix("iteration_"): path for path in root.glob("iteration_*")}
+    return [found[number] for number in sorted(filter(str.isdigit, found), key=int, reverse=True)]
+
+
+def remove_checkpoints(root: Path) -> None:
+    """All of them."""
+    for folder in checkpoints_in(root):
+        remove(folder)
+
+
+def remove(folder: Path) -> None:
+    """In one step as far as readers are concerned."""
+    leaving = folder.with_name(folder.name + ".removed")
+    shutil.rmtree(leaving, ignore_errors=True)
+    if folder.exists():
+        folder.rename(leaving)
+    shutil.rmtree(leaving, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """To the disk, past the machine's memory."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def digest(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "blake2b": hashlib.file_digest(file, "blake2b").hexdigest()}
+
+
+def newest_whole(root: Path, identity: Mapping[str, Any]) -> Path | None:
+    found = checkpoints_in(root)
+    for folder in found:
+        if (damage := _damage(folder)) is None:
+            _check_identity(folder, identity)
+            return folder
+        print(f"{folder} is damaged ({damage}): passed over.", flush=True)
+    if found:
+        raise ValueError(f"Not one checkpoint in {root} is whole. Begin anew with --resume never.")
+    return None
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files; None if nothing is."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files = {name: (wanted["bytes"], wanted) for name, wanted in manifest["files"].items()}
+        identity, version = manifest["identity"], manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST}: {type(error).__name__}: {error}"
+    if version != FORMAT or not isinstance(identity, dict):
+        return f"{MANIFEST}: format {version}, this is {FORMAT}"
+    for name, (size, wanted) in files.items():
+        path = folder / Path(name).name  # a manifest names nothing outside its folder
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes of {size}"
+        if digest(path) != wanted:
+            return f"{name} is not what was written"
+    return None
+
+
+def _check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
+    theirs = json.loads((folder / MANIFEST).read_text())["identity"]
+    ours = json.loads(json.dumps(identity))  # as the file has it: tuples as lists
+    differing = [name for name in sorted(theirs.keys() | ours.keys()) if theirs.get(name) != ours.get(name)]
+    if differing:
+        said = "; ".join(f"{name} was {theirs.get(name)!r}, is {ours.get(name)!r}" for name in differing[:3])
+        more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise ValueError(
+            f"{folder} is of another run: {said}{more}. Go on with the settings that it began with, or begin anew with "
+            f"--resume never."
+        )
