@@ -22,6 +22,9 @@ from engine.models.quantization import quantization_config, settle_quantised
 from engine.models.random_init import local_name
 
 
+NOBODYS_CODE = {"trust_remote_code": False}  # what a model's folder holds of Python is not run, and nobody is asked
+
+
 def load_tokenizer(
     model_name_or_path: str, *, chat_template: str | None = None, is_adapter: bool = False
 ) -> PreTrainedTokenizerBase:
@@ -38,7 +41,7 @@ def load_tokenizer(
     """
     folder = str(Path(model_name_or_path).expanduser()) if is_adapter else _found(model_name_or_path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **NOBODYS_CODE)
     except (OSError, ValueError) as error:
         raise ValueError(f"The tokenizer of {model_name_or_path} did not load: {error}") from error
     if tokenizer.eos_token_id is None:
@@ -94,7 +97,7 @@ def load_pretrained(
     try:
         with _quiet_transformers():
             model, report = auto_class.from_pretrained(
-                folder, config=config, dtype=dtype, output_loading_info=True, **given
+                folder, config=config, dtype=dtype, output_loading_info=True, **NOBODYS_CODE, **given
             )
     except (OSError, SafetensorError) as error:  # no weights, or half of a file
         raise ValueError(f"The weights of {model_name_or_path} did not load: {error}") from error
@@ -189,7 +192,7 @@ def _found(model_name_or_path: str) -> str:
 
 def _config(model_name_or_path: str, **overrides) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(_found(model_name_or_path), **overrides)
+        return AutoConfig.from_pretrained(_found(model_name_or_path), **NOBODYS_CODE, **overrides)
     except (OSError, ValueError) as error:
         raise ValueError(f"{model_name_or_path} is neither a model folder nor a known hub name: {error}") from error
 

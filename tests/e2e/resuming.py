@@ -77,6 +77,21 @@ def go(config: PPOConfig | SupervisedConfig, stop_at: int | None = None) -> dict
     }
 
 
+def responses(config: PPOConfig) -> dict[str, Any]:
+    """The token ids of every iteration's prompts and responses, of all ranks, and the metrics."""
+    trainer, prompts = runs.build(config)
+    tokens, generate, log = [], trainer.generate_experience, Logged()
+
+    def listening(batch):
+        experience = generate(batch)
+        tokens.append(experience.sequences.tokens.tolist())
+        return experience
+
+    trainer.generate_experience = listening
+    trainer.train(prompts, config.num_iterations, log)
+    return {"tokens": tokens, "metrics": log.metrics}
+
+
 def forget_after(config: PPOConfig | SupervisedConfig, iteration: int) -> None:
     """Remove the later checkpoints, as if the run had been killed after this one."""
     if comm.is_main():

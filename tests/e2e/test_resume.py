@@ -106,3 +106,17 @@ def test_another_number_of_ranks_and_another_stage_go_on_with_the_same_numbers(
     for role, weights in whole[0]["whole"].items():
         for name, tensor in weights.items():
             torch.testing.assert_close(rest[0]["whole"][role][name], tensor, rtol=0, atol=1e-5)
+
+
+def test_one_two_and_four_ranks_draw_the_same_responses(run_ranks, tmp_path):
+    """And decoding a few at a time changes nothing either."""
+    given = dict(micro_batch_size=1, checkpoint__every=None, rollout__samples_per_prompt=2)
+    config = of_ppo(tmp_path, 2, **given)
+    one = run_ranks(resuming.responses, config, world_size=1)[0]
+    few = run_ranks(resuming.responses, tiny.changed(config, rollout__micro_batch_size=3), world_size=2)[0]
+    four = run_ranks(resuming.responses, config, world_size=4)[0]
+    assert len(one["tokens"]) == 5 and one["tokens"] == few["tokens"] == four["tokens"]
+    assert len({str(tokens) for tokens in one["tokens"]}) == 5
+    for ours in (few, four):
+        for mine, theirs in zip(ours["metrics"], one["metrics"], strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-5)

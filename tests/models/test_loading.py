@@ -302,3 +302,18 @@ def test_weights_that_are_not_there_or_cut_short_are_one_message(tmp_path, left)
     path.unlink() if left is None else path.write_bytes(path.read_bytes()[:left])
     with pytest.raises(ValueError, match=r"^The weights of .*model did not load: "):
         load_pretrained(AutoModelForCausalLM, str(tmp_path / "model"), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("loader", [load_tokenizer, load])
+def test_code_in_a_models_folder_is_not_run(tmp_path, loader):
+    folder, marker = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(local_name(LLAMA), folder)
+    (folder / "theirs.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass C: ...\n")
+    config = json.loads((folder / "config.json").read_text())
+    classes = {"AutoConfig": "theirs.C", "AutoModelForCausalLM": "theirs.C", "AutoTokenizer": ["theirs.C", None]}
+    changed = config | {"model_type": "theirs", "auto_map": classes, "architectures": ["C"]}
+    (folder / "config.json").write_text(json.dumps(changed))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": classes, "tokenizer_class": "C"}))
+    with pytest.raises(ValueError, match="theirs|custom code|trust_remote_code"):
+        loader(str(folder))
+    assert not marker.exists()

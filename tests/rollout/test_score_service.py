@@ -115,6 +115,34 @@ def test_a_service_that_is_not_there(monkeypatch):
         asked(f"http://127.0.0.1:{free_port()}/scores")
 
 
+def test_a_service_that_comes_back_is_waited_for(monkeypatch):
+    """Down when it is first asked, up a second later, as when it is restarted."""
+    monkeypatch.setattr(score_service, "FIRST_WAIT_S", 0.4)
+    port, seen = free_port(), []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            seen.append(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"scores": [1, 3.5]}).encode())
+
+        def log_message(self, *args):
+            pass
+
+    servers = []
+
+    def start_later():
+        time.sleep(1.0)
+        servers.append(ThreadingHTTPServer(("127.0.0.1", port), Handler))
+        servers[0].serve_forever()
+
+    threading.Thread(target=start_later, daemon=True).start()
+    assert asked(f"http://127.0.0.1:{port}/scores", retries=5).tolist() == [1.0, 3.5] and len(seen) == 1
+    servers[0].shutdown()
+    servers[0].server_close()
+
+
 def test_each_wait_is_twice_the_last(monkeypatch, served):
     waits = []
     monkeypatch.setattr(score_service.time, "sleep", waits.append)
