@@ -21,7 +21,6 @@ from transformers.utils import logging as transformers_logging
 from engine.models.quantization import quantization_config, settle_quantised
 from engine.models.random_init import local_name
 
-
 NOBODYS_CODE = {"trust_remote_code": False}  # what a model's folder holds of Python is not run, and nobody is asked
 
 

@@ -314,6 +314,6 @@ def test_code_in_a_models_folder_is_not_run(tmp_path, loader):
     changed = config | {"model_type": "theirs", "auto_map": classes, "architectures": ["C"]}
     (folder / "config.json").write_text(json.dumps(changed))
     (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": classes, "tokenizer_class": "C"}))
-    with pytest.raises(ValueError, match="theirs|custom code|trust_remote_code"):
+    with pytest.raises(ValueError, match=r"theirs|custom code|trust_remote_code"):
         loader(str(folder))
     assert not marker.exists()
