@@ -16,7 +16,7 @@ from typing import Any
 
 from engine.distributed import comm
 
-MOURNING_S = 5  # for a rank that failed the way another did to end by itself, and say so in its own words
+MOURNING_S = 5  # for a rank that fails as another one did to end by itself, and to say so in its own words
 
 
 class Watch:
@@ -97,22 +97,20 @@ class Watch:
                 elif "gone" in said:  # rank 0 knows of another one
                     self._end(said["gone"], first=False)
                 elif "failed" in said:
-                    self._end(f"Rank {rank} of {self.world_size} failed in {self.doing[rank]}: {said['failed']}")
+                    failure = f"Rank {rank} of {self.world_size} failed in {self.doing[rank]}: {said['failed']}"
+                    self._end(failure, wait_s=MOURNING_S)
         except OSError:
             pass
         self._end(f"Rank {rank} of {self.world_size} died in {self.doing[rank]}")
 
-    def _end(self, what: str, *, first: bool = True) -> None:
-        if "failed" in what:
-            threading.Event().wait(MOURNING_S)
+    def _end(self, what: str, *, first: bool = True, wait_s: float = 0.0) -> None:
         if self.closed:
             return
         if first:
             self._to_all({"gone": what})
-            os.write(
-                sys.stderr.fileno(),
-                f"\n{what}. The run ends; --resume auto goes on from its newest checkpoint.\n".encode(),
-            )
+            said = f"\n{what}. The run ends; --resume auto goes on from its newest checkpoint.\n"
+            os.write(sys.stderr.fileno(), said.encode())
+        threading.Event().wait(wait_s)
         os._exit(1)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import ranks
 
-WITH_FAULT = Path(__file__).with_name("with_fault.py")
+WITH_FAULT = Path(__file__).resolve().parent / "faults" / "with_fault.py"
 
 
 class Ranks:
@@ -24,13 +24,13 @@ class Ranks:
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.logs = [folder / f"rank_{rank}.log" for rank in range(world_size)]
-        port, path = str(ranks.free_port()), os.pathsep.join([ranks.OFFLINE["PYTHONPATH"], str(Path(__file__).parent)])
+        port = str(ranks.free_port())
         command = [sys.executable, *(() if fault is None else (str(WITH_FAULT), fault)), script, *flags]
         self.processes = []
         for rank, log in enumerate(self.logs):
             place = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
             place |= dict(LOCAL_WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-            given = {**os.environ, **ranks.OFFLINE, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **place}
+            given = {**os.environ, **ranks.OFFLINE, "PYTHONUNBUFFERED": "1", **place}
             with open(log, "w") as out:
                 self.processes.append(
                     subprocess.Popen(
