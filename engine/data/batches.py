@@ -1,10 +1,10 @@
 """The order of a training set's rows: from the seed alone, never from the number of ranks."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 Batch = TypeVar("Batch")
 
@@ -29,6 +29,15 @@ class GlobalBatches(Sampler[list[int]]):
         self.epoch += 1
         for batch in torch.randperm(self.num_rows, generator=generator).split(self.batch_size):
             yield batch.tensor_split(self.world_size)[self.rank].tolist()
+
+
+def in_batches(rows: Dataset, batches: GlobalBatches, collate: Callable[[list], Batch]) -> DataLoader:
+    """What goes through a data set in these batches.
+
+    A DataLoader draws a number whenever it is gone through: from a generator of its own here, or a run that goes on in
+    the middle of an epoch would draw once more than the one that never stopped, and dropout would be another.
+    """
+    return DataLoader(rows, batch_sampler=batches, collate_fn=collate, generator=torch.Generator())
 
 
 class Endless(Iterator[Batch]):

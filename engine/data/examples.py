@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from engine.data.batches import GlobalBatches
+from engine.data.batches import GlobalBatches, in_batches
 from engine.data.cache import digest_of
 from engine.data.columns import Found, Reader
 from engine.data.exchanges import LengthLimit, check_end_can_go, concatenated, rows_of, tokenised
@@ -77,7 +77,7 @@ def create_example_dataloader(args, examples: Examples) -> tuple[DataLoader, int
     """(dataloader, num_total_iters): minibatches of all ranks' examples, and the run's optimizer steps."""
     numbers = ExampleNumbers(examples)
     batches = GlobalBatches(len(numbers), args.minibatch_size, seed=args.seed)
-    dataloader = DataLoader(numbers, batch_sampler=batches, collate_fn=numbers.batch)
+    dataloader = in_batches(numbers, batches, numbers.batch)
     return dataloader, args.num_iterations or args.num_train_epochs * len(dataloader)
 
 

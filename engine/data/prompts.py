@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from engine.data.batches import GlobalBatches
+from engine.data.batches import GlobalBatches, in_batches
 from engine.data.cache import digest_of, digest_of_tokenizer, kept_tensors
 from engine.data.exchanges import OverLength, check_end_can_go, shortened_prompt
 from engine.data.formatting import Prompt, as_prompt, encode, encode_reply, is_answered, render, unanswered
@@ -209,5 +209,5 @@ def create_prompt_dataloader(
         if line is not None:
             print(line, flush=True)
     batches = GlobalBatches(len(dataset), args.prompts_per_iteration, seed=args.seed, rank=rank, world_size=world_size)
-    dataloader = DataLoader(dataset, batch_sampler=batches, collate_fn=dataset.batch)
+    dataloader = in_batches(dataset, batches, dataset.batch)
     return dataloader, args.num_iterations or args.num_train_epochs * len(dataloader)
