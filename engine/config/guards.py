@@ -11,8 +11,8 @@ class KLGuardConfig:
 
     Attributes:
         max_kl: nats per response, mean over an iteration. Above it the run stops, unless it may go back.
-        roll_backs: so many times the run goes back to its newest checkpoint and on from there with learning rates
-            that are smaller by `factor`.
+        roll_backs: so many times the run goes back to the newest checkpoint from before the actor ran away, and on from
+            there with learning rates that are smaller by `factor`.
     """
 
     max_kl: float | None = None

@@ -100,14 +100,14 @@ def save_checkpoint(
     return True
 
 
-def newest_checkpoint(root: Path, identity: Mapping[str, Any]) -> Path | None:
-    """The newest one that is whole; None where there are none. A collective.
+def newest_checkpoint(root: Path, identity: Mapping[str, Any], *, before: int | None = None) -> Path | None:
+    """The newest one that is whole, of an iteration before this one; None where there are none. A collective.
 
     Raises:
         ValueError: on every rank, when it is another run's, or when not one of them is whole.
     """
     with comm.same_error_everywhere():
-        found = newest_whole(root, identity) if comm.is_main() else None
+        found = newest_whole(root, identity, before=before) if comm.is_main() else None
     return comm.of_main(found)
 
 

@@ -21,10 +21,11 @@ def checkpoints_in(root: Path) -> list[Path]:
     return [found[number] for number in sorted(filter(str.isdigit, found), key=int, reverse=True)]
 
 
-def remove_checkpoints(root: Path) -> None:
-    """All of them."""
+def remove_checkpoints(root: Path, *, after: int = -1) -> None:
+    """All of them, or those of later iterations than this one."""
     for folder in checkpoints_in(root):
-        remove(folder)
+        if iteration_of(folder) > after:
+            remove(folder)
 
 
 def remove(folder: Path) -> None:
@@ -50,8 +51,18 @@ def digest(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "blake2b": hashlib.file_digest(file, "blake2b").hexdigest()}
 
 
-def newest_whole(root: Path, identity: Mapping[str, Any]) -> Path | None:
-    found = checkpoints_in(root)
+def iteration_of(folder: Path) -> int:
+    """Of a checkpoint."""
+    return int(folder.name.removeprefix("iteration_"))
+
+
+def newest_whole(root: Path, identity: Mapping[str, Any], *, before: int | None = None) -> Path | None:
+    """The newest checkpoint that nothing is wrong with, of an iteration before this one; None where there are none.
+
+    Raises:
+        ValueError: it is another run's, or not one of those that there are is whole.
+    """
+    found = [folder for folder in checkpoints_in(root) if before is None or iteration_of(folder) < before]
     for folder in found:
         if (damage := _damage(folder)) is None:
             _check_identity(folder, identity)

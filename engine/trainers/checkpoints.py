@@ -92,13 +92,23 @@ class Checkpoints:
                 )
         return None
 
-    def load_newest(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """Go back to the newest checkpoint; None where there is none. A collective.
+    def go_back(self, *, before: int) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Go back to the newest checkpoint of an iteration before this one, and remove the later ones; None where there
+        is none. A collective.
+        """
+        kept = self.load_newest(before=before)
+        with comm.same_error_everywhere():
+            if kept is not None and comm.is_main():
+                remove_checkpoints(self.root, after=before - 1)
+        return kept
+
+    def load_newest(self, *, before: int | None = None) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Go back to the newest checkpoint, of an iteration before this one; None where there is none. A collective.
 
         Raises:
             ValueError: see `newest_checkpoint`.
         """
-        folder = newest_checkpoint(self.root, self.identity)
+        folder = newest_checkpoint(self.root, self.identity, before=before)
         if folder is None:
             return None
         kept = load_checkpoint(folder, self.trained)

@@ -401,7 +401,10 @@ class DeepSpeedPPOTrainer:
         self.steps = []
 
     def _go_back(self, checkpoints: Checkpoints | None, tracker: Tracker) -> None:
-        """To the newest checkpoint, and on with smaller learning rates.
+        """To the newest checkpoint whose actor was not too far away, and on with smaller learning rates.
+
+        An iteration's experience shows how far the steps of the one before went: what was saved after those is of no
+        use.
 
         Raises:
             RuntimeError: there is none, or it has been done often enough.
@@ -410,7 +413,9 @@ class DeepSpeedPPOTrainer:
         kl = self.in_flight.kl.sum().item() / self.in_flight.num_scored
         said = f"iteration {self.progress.iteration}: the KL to the ref is {kl:.3g} nats per response"
         said += f", more than kl_guard.max_kl={guard.max_kl}"
-        kept = checkpoints.load_newest() if checkpoints is not None and times <= guard.roll_backs else None
+        kept = None
+        if checkpoints is not None and times <= guard.roll_backs:
+            kept = checkpoints.go_back(before=self.progress.iteration - 1)
         if kept is None:
             raise RuntimeError(f"{said}: the run stops. Raise kl_coef, or lower the learning rates.")
         self.in_flight = None

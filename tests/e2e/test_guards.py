@@ -12,17 +12,17 @@ from test_faults import AT
 from engine.distributed import comm
 
 
-def poisoned(config, method, row):
+def poisoned(config, method):
     """One iteration in which something of one row is NaN on rank 1 alone: what is quarantined on each rank."""
     trainer, prompts = build(config)
     if method == "critic":
-        real = trainer.critic.forward
+        real = trainer.critic.module.forward
 
         def forward(*args, **kwargs):
             values = real(*args, **kwargs)
             return values * math.nan if comm.rank() == 1 else values
 
-        trainer.critic.forward = forward
+        trainer.critic.module.forward = forward
     log, start = Log(), (digest(trainer.actor), digest(trainer.critic))
     trainer.train(prompts, 1, log)
     return log.quarantined, start == (digest(trainer.actor), digest(trainer.critic)), log.metrics
@@ -31,8 +31,8 @@ def poisoned(config, method, row):
 @pytest.mark.parametrize("kind", [0, "strict"])
 def test_the_responses_with_a_nan_score_are_kept(run_ranks, ppo_config, tmp_path, kind):
     config = ppo_config(reward__function=AT + "nan_on_rank_one", **tiny.sharding(kind, tmp_path))
-    first, second = run_ranks(poisoned, config, "score", None)
-    assert first[0] == second[0] and first[1] and second[1]
+    first, second = run_ranks(poisoned, config, "score")
+    assert str(first[0]) == str(second[0]) and first[1] and second[1]
     rows = first[0]
     assert rows and all(row["not_finite"] == ["scores"] and math.isnan(row["score"]) for row in rows)
     assert {row["iteration"] for row in rows} == {1} and len(rows) < 8, "the others are not to blame"
@@ -40,7 +40,7 @@ def test_the_responses_with_a_nan_score_are_kept(run_ranks, ppo_config, tmp_path
 
 
 def test_the_responses_with_nan_values_are_kept(run_ranks, ppo_config):
-    first, second = run_ranks(poisoned, ppo_config(zero_stage=2), "critic", None)
+    first, second = run_ranks(poisoned, ppo_config(zero_stage=2), "critic")
     assert first[0] == second[0] and first[1] and second[1]
     assert {tuple(row["not_finite"]) for row in first[0]} == {("values",)} and 0 < len(first[0]) < 8
 
@@ -48,12 +48,12 @@ def test_the_responses_with_nan_values_are_kept(run_ranks, ppo_config):
 def test_a_loss_that_is_not_finite_leaves_its_minibatch_behind(run_ranks, ppo_config):
     """Nothing measured is wrong: the whole minibatch is suspect."""
     config = ppo_config(entropy_coef=math.inf, ppo_epochs=1)
-    rows, unchanged, metrics = run_ranks(poisoned, config, "loss", None)[0]
+    rows, unchanged, metrics = run_ranks(poisoned, config, "loss")[0]
     assert unchanged and metrics[0]["skipped/steps"] == 2
     assert len(rows) == 8 and {row["cause"] for row in rows} == {"a loss or a gradient that is not finite"}
 
 
-RUNAWAY = dict(actor__learning_rate=0.02, kl_coef=0.0, num_iterations=8, checkpoint__every=1, checkpoint__keep=20)
+RUNAWAY = dict(actor__learning_rate=0.005, kl_coef=0.0, num_iterations=8, checkpoint__every=1, checkpoint__keep=20)
 
 
 def test_an_actor_that_runs_away_stops_the_run(run_ranks, ppo_config):
@@ -74,7 +74,7 @@ def test_or_goes_back_and_on_with_smaller_steps(run_ranks, ppo_config, tmp_path,
     assert first["weights"] == second["weights"]
     assert all(line["kl/ref_mean"] <= 0.5 for line in first["metrics"])
     rates = [line["lr/actor"] for line in first["metrics"]]
-    assert rates == sorted(rates, reverse=True) and rates[0] == 0.02 and rates[-1] < 0.01
+    assert rates == sorted(rates, reverse=True) and rates[0] == 0.005 and rates[-1] < 0.003
     warnings = [name for _, name, _ in first["warnings"]]
     assert "rolled back" in warnings
     # What a killed run goes on with are the smaller rates.
