@@ -7,13 +7,14 @@ import ranks
 import resuming
 import tiny
 from runs import Log, build, digest
-from test_faults import AT
+from test_faults import AT, nan_on_rank_one
 
 from engine.distributed import comm
 
 
 def poisoned(config, method):
     """One iteration in which something of one row is NaN on rank 1 alone: what is quarantined on each rank."""
+    nan_on_rank_one.calls = 0
     trainer, prompts = build(config)
     if method == "critic":
         real = trainer.critic.module.forward
