@@ -23,7 +23,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.distributed import comm
-from engine.distributed.checkpoint_folder import FORMAT, MANIFEST, checkpoints_in, digest, flush, newest_whole, remove
+from engine.distributed.checkpoint_folder import (
+    FORMAT,
+    MANIFEST,
+    checkpoints_in,
+    digest,
+    flush,
+    newest_whole,
+    put_in_place,
+    remove,
+)
 from engine.distributed.initialize import set_learning_rates
 from engine.distributed.moving_average import MovingAverage
 from engine.distributed.pieces import Piece, Read, give_back, my_pieces, steps_taken, tell_the_model
@@ -172,9 +181,7 @@ def _everything(trained: Trained) -> Iterator[tuple[str, Piece]]:
 def _finish(half_done: Path, folder: Path, manifest: dict[str, Any]) -> None:
     (half_done / MANIFEST).write_text(json.dumps(manifest, indent=1))
     flush(half_done / MANIFEST)
-    remove(folder)  # of a run that went back to before it
-    half_done.rename(folder)
-    flush(folder.parent)
+    put_in_place(half_done, folder)
 
 
 def _file_of(rank: int) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+REPLACED = ".replaced"
 
 
 def checkpoints_in(root: Path) -> list[Path]:
@@ -35,6 +36,29 @@ def remove(folder: Path) -> None:
     if folder.exists():
         folder.rename(leaving)
     shutil.rmtree(leaving, ignore_errors=True)
+
+
+def put_in_place(half_done: Path, folder: Path) -> None:
+    """Give a finished folder its name. One that has the name (saved in the middle of the iteration, or by a run that
+    has gone back to before it) stays until then: see `put_back_replaced`.
+    """
+    replaced = folder.with_name(folder.name + REPLACED)
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        folder.rename(replaced)
+    half_done.rename(folder)
+    flush(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def put_back_replaced(root: Path) -> None:
+    """After a run that was killed between the two renames of `put_in_place`."""
+    for replaced in root.glob(f"iteration_*{REPLACED}"):
+        folder = replaced.with_name(replaced.name.removesuffix(REPLACED))
+        if folder.exists():
+            shutil.rmtree(replaced)
+        else:
+            replaced.rename(folder)
 
 
 def flush(path: Path) -> None:
@@ -62,6 +86,7 @@ def newest_whole(root: Path, identity: Mapping[str, Any], *, before: int | None 
     Raises:
         ValueError: it is another run's, or not one of those that there are is whole.
     """
+    put_back_replaced(root)
     found = [folder for folder in checkpoints_in(root) if before is None or iteration_of(folder) < before]
     for folder in found:
         if (damage := _damage(folder)) is None:

@@ -10,7 +10,6 @@ computed from the same numbers everywhere and needs no further agreement.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from time import perf_counter
 from typing import Any
 
@@ -23,7 +22,6 @@ from engine.data import Examples, PromptBatch
 from engine.data.batches import Endless
 from engine.data.sequences import Sequences
 from engine.distributed import comm
-from engine.distributed.initialize import set_learning_rates
 from engine.rlhf_engine import DeepSpeedRLHFEngine
 from engine.rollout.environments import load_environment
 from engine.rollout.episodes import Episodes, played_episodes
@@ -34,6 +32,7 @@ from engine.rollout.sampler import Sampler
 from engine.rollout.scoring import Scored, Scoring
 from engine.tracking import Tracker
 from engine.trainers.checkpoints import Checkpoints
+from engine.trainers.going_on import go_back, put_back, snapshot_of
 from engine.trainers.guards import quarantine_rows, ran_away
 from engine.trainers.health import signs_of_trouble
 from engine.trainers.own_loop import check_groups, scored_sequences
@@ -47,10 +46,6 @@ SMALLER = {
     "score": "--micro_batch_size or --logits_chunk_tokens",
     "train": "--micro_batch_size or --logits_chunk_tokens, or set --actor.gradient_checkpointing true",
 }
-
-
-# What the trainer knows of the iteration under way, beside `progress`; numbers and texts.
-OF_ITERATION = ("steps", "samples", "seconds", "unscored", "told")
 
 
 class DeepSpeedPPOTrainer:
@@ -122,7 +117,7 @@ class DeepSpeedPPOTrainer:
             if self.in_flight is None and not stop_asked():
                 self.in_flight = self.generate_experience(next(batches))
                 if ran_away(self.in_flight, self.config.kl_guard):
-                    self._go_back(checkpoints, tracker)
+                    go_back(self, checkpoints, tracker)
                     batches, self.resumed_at = Endless(prompts, drawn=self.resumed_at), 0
                     continue
             try:
@@ -148,26 +143,11 @@ class DeepSpeedPPOTrainer:
 
     def snapshot(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """All that the trainer would need to go on from here, besides the models: small things, and tensors."""
-        experience, pretraining = self.in_flight, self.update.pretraining
-        state = {
-            "progress": asdict(self.progress),
-            "kl_coef_in_flight": None if experience is None else experience.kl_coef,
-            "pretraining_drawn": 0 if pretraining is None else pretraining.drawn,
-            **{name: getattr(self, name) for name in OF_ITERATION},
-        }
-        return state, {} if experience is None else experience.tensors()
+        return snapshot_of(self)
 
     def go_on_from(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Take up what `snapshot` said; the models have been put back."""
-        self.progress = Progress.of(state["progress"])
-        self._slow_down()
-        self.resumed_at = self.progress.iteration
-        for name in OF_ITERATION:
-            setattr(self, name, state[name])
-        if state["kl_coef_in_flight"] is not None:
-            self.in_flight = Experience.of_tensors(tensors, kl_coef=state["kl_coef_in_flight"])
-        if self.update.pretraining is not None:
-            self.update.pretraining = Endless(self.update.pretraining.batches, drawn=state["pretraining_drawn"])
+        put_back(self, state, tensors)
 
     def generate_experience(self, prompts: PromptBatch) -> Experience:
         """Responses to this rank's prompts, and all that PPO needs to train on those of all ranks.
@@ -400,46 +380,12 @@ class DeepSpeedPPOTrainer:
         self.progress.minibatches = self.drawn = 0
         self.steps = []
 
-    def _go_back(self, checkpoints: Checkpoints | None, tracker: Tracker) -> None:
-        """To the newest checkpoint whose actor was not too far away, and on with smaller learning rates.
-
-        An iteration's experience shows how far the steps of the one before went: what was saved after those is of no
-        use.
-
-        Raises:
-            RuntimeError: there is none, or it has been done often enough.
-        """
-        guard, times = self.config.kl_guard, self.progress.roll_backs + 1
-        kl = self.in_flight.kl.sum().item() / self.in_flight.num_scored
-        said = f"iteration {self.progress.iteration}: the KL to the ref is {kl:.3g} nats per response"
-        said += f", more than kl_guard.max_kl={guard.max_kl}"
-        kept = None
-        if checkpoints is not None and times <= guard.roll_backs:
-            kept = checkpoints.go_back(before=self.progress.iteration - 1)
-        if kept is None:
-            raise RuntimeError(f"{said}: the run stops. Raise kl_coef, or lower the learning rates.")
-        self.in_flight = None
-        self.go_on_from(*kept)
-        self.progress.roll_backs = times
-        self._slow_down()
-        tracker.go_back_to(self.iterations_done)
-        factor = guard.factor**times
-        tracker.warn(
-            self.progress.iteration, "rolled back", f"{said}: back to here, with learning rates times {factor:.3g}."
-        )
-
-    def _slow_down(self) -> None:
-        """Learning rates as often made smaller as the run was sent back."""
-        for engine in self.rlhf_engine.trained.engines.values() if self.progress.roll_backs else ():
-            factor = self.config.kl_guard.factor**self.progress.roll_backs
-            set_learning_rates(engine, schedule_step=engine.lr_scheduler.last_epoch, factor=factor)
-
     def _quarantine(self, experience: Experience, rows: dict[int, list[str]], cause: str) -> None:
         kept = quarantine_rows(experience, rows, self.tokenizer)
         self.quarantined += [{"iteration": self.progress.iteration, "cause": cause, **row} for row in kept]
 
     def _tell(self, metrics: dict[str, float], tracker: Tracker) -> None:
-        """What is wrong with the iteration's numbers, and with which responses no step could be taken."""
+        """What looks wrong in the iteration's numbers, once in a run."""
         given = dict(
             dtype=next(self.actor.module.parameters()).dtype,
             max_response_tokens=self.config.rollout.max_response_tokens,

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import engines
@@ -15,7 +16,7 @@ import torch
 
 from engine.distributed import checkpoint, comm
 from engine.distributed.checkpoint import Trained, load_checkpoint, newest_checkpoint, save_checkpoint
-from engine.distributed.checkpoint_folder import MANIFEST, checkpoints_in, newest_whole
+from engine.distributed.checkpoint_folder import MANIFEST, checkpoints_in, newest_whole, put_in_place
 from engine.distributed.moving_average import MovingAverage
 
 IDENTITY = {"seed": 0, "rollout.top_k": 0, "the prompts": "abc"}
@@ -130,6 +131,28 @@ def test_what_is_half_done_is_not_there(two):
     (two / SECOND).rename(two / f"{SECOND}.partial")
     shutil.copytree(two / FIRST, two / f"{FIRST}.removed")
     assert [folder.name for folder in checkpoints_in(two)] == [FIRST]
+
+
+def test_a_kill_while_one_takes_anothers_place_loses_neither(two, monkeypatch):
+    """At each moment of it."""
+    again = two / f"{SECOND}.partial"
+    for moment in ("before", "between", "after"):
+        shutil.copytree(two / SECOND, again)
+        renames, real = [], Path.rename
+
+        def rename(path, target, renames=renames, moment=moment, real=real):
+            if (moment, len(renames)) in (("before", 0), ("between", 1)):
+                raise KeyboardInterrupt
+            renames.append(path)
+            return real(path, target)
+
+        monkeypatch.setattr(Path, "rename", rename)
+        with pytest.raises(KeyboardInterrupt) if moment != "after" else nullcontext():
+            put_in_place(again, two / SECOND)
+        monkeypatch.setattr(Path, "rename", real)
+        assert newest_whole(two, IDENTITY).name == SECOND
+        shutil.rmtree(again, ignore_errors=True)
+        assert sorted(path.name for path in two.iterdir()) == [FIRST, SECOND]
 
 
 def test_a_checkpoint_holds_nothing_pickled(two):
