@@ -30,6 +30,8 @@ def claim(folder: Path) -> TextIO:
         holder = lock.read().strip() or "another process"
         lock.close()
         raise ValueError(f"Another run is writing to {folder} ({holder}): name another --output_dir.") from None
+    except OSError as error:  # a file system without locks
+        print(f"Warning: {folder} cannot be locked ({error}): see that no other run writes to it.", flush=True)
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}")
     lock.flush()

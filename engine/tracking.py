@@ -27,6 +27,8 @@ from tqdm import tqdm
 from engine.config import PPOConfig, SupervisedConfig, TrackingConfig, as_dict
 from engine.config.secrets import shown as shown_settings
 
+FILES = ("metrics.jsonl", "samples.jsonl", "warnings.jsonl", "quarantine.jsonl")
+
 
 class Tracker:
     """Writes what a run reports. On all ranks but the main one every method does nothing.
@@ -62,7 +64,7 @@ class Tracker:
         self.output_dir = output_dir
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
-            for name in ("metrics.jsonl", "samples.jsonl"):
+            for name in FILES:
                 if resumed_at > 0:
                     _cut_after(output_dir / name, resumed_at)
                 else:
@@ -110,8 +112,11 @@ class Tracker:
         """Drop what has been said of later iterations: these come again."""
         if not self.is_main:
             return
-        for name in ("metrics", "samples"):
-            _cut_after(self.output_dir / f"{name}.jsonl", iteration)
+        try:
+            for name in FILES:
+                _cut_after(self.output_dir / name, iteration)
+        except OSError as error:
+            print(f"WARNING: {self.output_dir / name} CANNOT BE WRITTEN ({error}); the run goes on.", flush=True)
         self.bar.reset()
         self.bar.update(iteration)
 
@@ -120,7 +125,7 @@ class Tracker:
         if not rows:
             return
         try:
-            with open(self.output_dir / f"{name}.jsonl", "a") as file:
+            with open(self.output_dir / f"{name}.jsonl", "a", encoding="utf-8") as file:
                 file.writelines(_line(row) for row in rows)
         except OSError as error:
             print(f"WARNING: {name}.jsonl CANNOT BE WRITTEN ({error}); the run goes on.", flush=True)
@@ -172,15 +177,15 @@ def _cut_after(path: Path, iteration: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8").split("\n"):  # not splitlines(): texts hold other ends of lines
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
         if row["iteration"] <= iteration:
-            kept.append(line)
+            kept.append(f"{line}\n")
     half_done = path.with_name(path.name + ".partial")
-    half_done.write_text("".join(kept))
+    half_done.write_text("".join(kept), encoding="utf-8")
     half_done.replace(path)
 
 

@@ -39,7 +39,7 @@ def train(config: PPOConfig, this_run: Run) -> None:
         prompts, num_iterations = create_datasets(args=config, tokenizer=tokenizer, train_phase=3)
         pretraining = create_pretraining_dataset(config, tokenizer)
         contents = {f"the {role}'s weights": content_digest(name) for role, name in config.models.items()}
-    contents["the prompts"] = prompts.dataset.digest
+    contents |= {"the prompts": prompts.dataset.digest, "the prompts' columns": prompts.dataset.columns_digest}
     contents["the demonstrations"] = pretraining and pretraining.dataset.examples.digest
     comm.check_same_everywhere(contents)
     rlhf_engine = DeepSpeedRLHFEngine(

@@ -32,7 +32,7 @@ def tracker(folder, tracking=OFF, *, is_main=True) -> Tracker:
 
 
 def lines(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def strict(text):
@@ -78,7 +78,9 @@ def test_a_run_that_goes_on_drops_what_comes_again(tmp_path, capsys):
     sample = SAMPLES[0]
     with tracker(tmp_path) as track:
         for number in (1, 2, 3):
-            track.log(number, METRICS | {"score/mean": float(number)}, [sample | {"iteration": number}])
+            lines_in_it = sample | {"iteration": number, "response": "a\u2028b\u0085c\u2029d"}  # which no JSON escapes
+            track.log(number, METRICS | {"score/mean": float(number)}, [lines_in_it])
+            track.warn(number, "no end", "hardly any.")
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"iteration": 4, "score/me')  # the run was killed in the middle of a line
     with Tracker(run_config(tmp_path), num_iterations=4, is_main=True, resumed_at=2) as track:
@@ -87,6 +89,7 @@ def test_a_run_that_goes_on_drops_what_comes_again(tmp_path, capsys):
         track.log(4, METRICS, [])
         assert [row["score/mean"] for row in lines(tmp_path / "metrics.jsonl")] == [1.0, 2.0, 30.0, 1.5]
         assert [row["iteration"] for row in lines(tmp_path / "samples.jsonl")] == [1, 2, 3]
+        assert [row["iteration"] for row in lines(tmp_path / "warnings.jsonl")] == [1, 2]
         track.go_back_to(1)
         assert [row["iteration"] for row in lines(tmp_path / "metrics.jsonl")] == [1]
         track.log(2, METRICS, [])

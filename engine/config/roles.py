@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from engine.config.checks import at_least
+from engine.config.secrets import without_secrets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +190,7 @@ class RewardConfig(FrozenRoleConfig):
         if self.function is not None and self.function.count(":") != 1:
             raise ValueError(f"reward.function={self.function!r} is not of the form module:function.")
         if self.url is not None and not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"reward.url={self.url!r} does not begin with http:// or https://.")
+            raise ValueError(f"reward.url={without_secrets(self.url)} does not begin with http:// or https://.")
         for name in ("retries", "missing_eos_penalty", "overlong_penalty", "overlong_tokens"):
             at_least(f"reward.{name}", getattr(self, name), 0)
         for name in ("timeout_s", "clip"):

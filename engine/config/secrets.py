@@ -3,9 +3,10 @@
 import os
 import re
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
-SECRET = re.compile(r"key|token|secret|password|passwd|auth|signature|credential", re.IGNORECASE)
+# What the query of an address may show: the values of these, and names of the environment.
+PLAIN = {"model", "version", "api-version", "n", "format", "task", "name", "language"}
+NAME = re.compile(r"\$\w+|\$\{\w+\}")
 HIDDEN = "***"
 
 
@@ -15,27 +16,28 @@ def with_environment(url: str) -> str:
     Raises:
         ValueError: the environment has no such name.
     """
-    filled = os.path.expandvars(url)
-    if (missing := re.search(r"\$\{?(\w+)\}?", filled)) and missing[0] in url:
-        raise ValueError(f"reward.url={url}: the environment has no {missing[1]}.")
-    return filled
+    missing = [name for name in re.findall(r"\$\{?(\w+)\}?", url) if name not in os.environ]
+    if missing:
+        raise ValueError(f"reward.url={without_secrets(url)}: the environment has no {missing[0]}.")
+    return os.path.expandvars(url)
 
 
 def without_secrets(url: str) -> str:
-    """An address whose password, and what its query calls a key, a token or the like, are hidden. Names of the
-    environment stay.
+    """An address with user, password and the values of its query hidden, but for plain ones. Names of the environment
+    stay.
     """
-    parts = urlsplit(url)
-    user, at, host = parts.netloc.rpartition("@")
-    if at and not user.startswith("$"):
-        name, colon, password = user.partition(":")
-        user = f"{name}:{HIDDEN}" if colon and not password.startswith("$") else user if colon else HIDDEN
-    fields = [field.partition("=") for field in parts.query.split("&")] if parts.query else []
-    hidden = [
-        f"{name}={HIDDEN}" if SECRET.search(name) and not value.startswith("$") else f"{name}{equals}{value}"
+    scheme, marks, rest = url.partition("://") if "://" in url else ("", "", url)
+    user, at, rest = rest.rpartition("@")
+    address, question, query = rest.partition("#")[0].partition("?")
+    user = ":".join(part if NAME.fullmatch(part) else HIDDEN for part in user.split(":", 1)) if at else ""
+    fields = [field.partition("=") for field in re.split("[&;]", query)] if question else []
+    shown_fields = [
+        name + equals + (value if name.lower() in PLAIN or NAME.fullmatch(value) or not equals else HIDDEN)
         for name, equals, value in fields
     ]
-    return urlunsplit(parts._replace(netloc=f"{user}{at}{host}", query="&".join(hidden)))
+    path, semicolon, _ = address.partition(";")
+    address = path + (f";{HIDDEN}" if semicolon else "")
+    return f"{scheme}{marks}{user}{at}{address}{question}{'&'.join(shown_fields)}"
 
 
 def shown(settings: dict[str, Any]) -> dict[str, Any]:

@@ -47,13 +47,16 @@ class Endless(Iterator[Batch]):
         drawn: how many batches there have been.
     """
 
-    def __init__(self, batches: Iterable[Batch], *, drawn: int = 0):
+    def __init__(self, batches: Iterable[Batch], *, drawn: int | None = None):
         """
         Args:
             batches: something that can be gone through again and again.
-            drawn: go on as if there had been so many; needs a `DataLoader`, or batches that are the same every epoch.
+            drawn: go on as if there had been so many, in the order that they come in from the first on; needs a
+                `DataLoader`, or batches that are the same every epoch. Just go on with them when not given.
         """
-        self.batches, self.drawn = batches, drawn
+        self.batches, self.drawn = batches, drawn or 0
+        if drawn is not None and isinstance(order := getattr(batches, "batch_sampler", None), GlobalBatches):
+            order.epoch = drawn // len(batches)
         self.epoch = self._epochs()
 
     def __next__(self) -> Batch:
@@ -67,8 +70,6 @@ class Endless(Iterator[Batch]):
 
     def _epochs(self) -> Iterator[Batch]:
         skipped = self.drawn % len(self.batches) if self.drawn else 0
-        if self.drawn and isinstance(order := getattr(self.batches, "batch_sampler", None), GlobalBatches):
-            order.epoch = self.drawn // len(self.batches)
         while True:
             empty = True
             for number, batch in enumerate(self.batches):

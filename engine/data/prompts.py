@@ -107,6 +107,11 @@ class PromptDataset(Dataset):
         """Of the prompts in use: what ranks compare."""
         return digest_of([self.tokens[row] for row in self.kept])
 
+    @property
+    def columns_digest(self) -> str:
+        """Of what they came with, which score functions and environments read."""
+        return digest_of([self.rows[row] for row in self.kept])
+
     def check_can_go_on(self) -> None:
         """
         Raises:

@@ -9,6 +9,7 @@ Nothing here is pickled. A checkpoint is read by any number of ranks, under any 
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -26,16 +27,15 @@ from engine.distributed import comm
 from engine.distributed.checkpoint_folder import (
     FORMAT,
     MANIFEST,
-    checkpoints_in,
     digest,
     flush,
     newest_whole,
     put_in_place,
-    remove,
+    remove_others,
 )
-from engine.distributed.initialize import set_learning_rates
+from engine.distributed.initialize import set_learning_rates, whole_shape
 from engine.distributed.moving_average import MovingAverage
-from engine.distributed.pieces import Piece, Read, give_back, my_pieces, steps_taken, tell_the_model
+from engine.distributed.pieces import WEIGHT, Piece, Read, give_back, my_pieces, steps_taken, tell_the_model
 from engine.distributed.random_states import random_states, set_random_states
 
 STATE, TENSORS = "state.json", "tensors.safetensors"
@@ -75,25 +75,28 @@ def save_checkpoint(
     """
     folder = root / NAME.format(iteration)
     half_done = folder.with_name(folder.name + ".partial")
-    trouble = _agreed(lambda: _begin(half_done) if comm.is_main() else None)
+    trouble, _ = _agreed(lambda: _begin(half_done) if comm.is_main() else None)
     if trouble is None:
         everyones = comm.gathered_objects(random_states())
         engines = {role: _of_engine(engine) for role, engine in trained.engines.items()}
         small = {"iteration": iteration, "state": state, "engines": engines, "random": everyones}
-        trouble = _agreed(lambda: _write(half_done, trained, small, tensors))
+        trouble, _ = _agreed(lambda: _write(half_done, trained, small, tensors))
     if trouble is None:
-        digests = {name: digest for files in comm.gathered_objects(_my_digests(half_done)) for name, digest in files}
+        trouble, digests = _agreed(lambda: _my_digests(half_done))
         manifest = {
             "format": FORMAT,
             "iteration": iteration,
             "ranks": comm.world_size(),
             "versions": comm.versions(),
             "identity": dict(identity),
-            "files": digests,
+            "files": {name: found for files in digests if files is not None for name, found in files.items()},
         }
-        trouble = _agreed(lambda: _finish(half_done, folder, manifest) if comm.is_main() else None)
-    if trouble is None and (trouble := _agreed(lambda: _check_mine(folder))) is not None and comm.is_main():
-        remove(folder)
+    if trouble is None:
+        trouble, _ = _agreed(lambda: _write_manifest(half_done, manifest) if comm.is_main() else None)
+    if trouble is None:
+        trouble, _ = _agreed(lambda: _check_mine(half_done))
+    if trouble is None:
+        trouble, _ = _agreed(lambda: put_in_place(half_done, folder) if comm.is_main() else None)
     if trouble is not None:
         if comm.is_main():
             shutil.rmtree(half_done, ignore_errors=True)
@@ -103,9 +106,9 @@ def save_checkpoint(
                 flush=True,
             )
         return False
-    if comm.is_main():
-        for old in checkpoints_in(root)[keep:]:
-            remove(old)
+    trouble, _ = _agreed(lambda: remove_others(root, iteration, keep=keep) if comm.is_main() else None)
+    if trouble is not None and comm.is_main():
+        print(f"Warning: checkpoints that are not wanted any more cannot be removed: {trouble}.", flush=True)
     return True
 
 
@@ -154,7 +157,8 @@ def load_checkpoint(folder: Path, trained: Trained) -> tuple[dict[str, Any], dic
 
 
 def _begin(half_done: Path) -> None:
-    shutil.rmtree(half_done, ignore_errors=True)
+    for left in half_done.parent.glob("iteration_*.partial"):  # by runs that were killed
+        shutil.rmtree(left)
     half_done.mkdir(parents=True)
 
 
@@ -178,10 +182,10 @@ def _everything(trained: Trained) -> Iterator[tuple[str, Piece]]:
         yield from ((role, piece) for piece in average.my_pieces())
 
 
-def _finish(half_done: Path, folder: Path, manifest: dict[str, Any]) -> None:
+def _write_manifest(half_done: Path, manifest: dict[str, Any]) -> None:
     (half_done / MANIFEST).write_text(json.dumps(manifest, indent=1))
     flush(half_done / MANIFEST)
-    put_in_place(half_done, folder)
+    flush(half_done)
 
 
 def _file_of(rank: int) -> str:
@@ -193,18 +197,21 @@ def _mine() -> list[str]:
     return [_file_of(comm.rank()), *((TENSORS, STATE) if comm.is_main() else ())]
 
 
-def _my_digests(folder: Path) -> list[tuple[str, dict[str, Any]]]:
-    return [(name, digest(folder / name)) for name in _mine()]
+def _my_digests(folder: Path) -> dict[str, dict[str, Any]]:
+    return {name: digest(folder / name) for name in _mine()}
 
 
-def _agreed(act: Callable[[], Any]) -> str | None:
-    """Do something with the disk: what went wrong on the first rank where it failed, None if it did nowhere."""
-    said = None
+def _agreed(act: Callable[[], Any]) -> tuple[str | None, list[Any]]:
+    """Do something with the disk: what went wrong on the first rank where it failed, None if it did nowhere; and what
+    came of it on every rank.
+    """
+    said, found = None, None
     try:
-        act()
+        found = act()
     except (OSError, SafetensorError, ValueError) as error:
         said = f"{type(error).__name__}: {error}"
-    return next((each for each in comm.gathered_objects(said) if each is not None), None)
+    everyones = comm.gathered_objects((said, found))
+    return next((each for each, _ in everyones if each is not None), None), [each for _, each in everyones]
 
 
 def _check_mine(folder: Path) -> None:
@@ -245,6 +252,12 @@ class _PiecesOnDisk:
                 f"{self.folder} is of another model: of the {role} it has {len(theirs)} trained weights, this run has "
                 f"{len(ours)}, {sorted(theirs ^ ours)[0]} in one of them only."
             )
+        for name, parameter in engine.module.named_parameters():
+            if name in ours and (size := math.prod(whole_shape(parameter))) != self.sizes[role, name, WEIGHT]:
+                raise ValueError(
+                    f"{self.folder} is of another model: the {role}'s {name} has {self.sizes[role, name, WEIGHT]} "
+                    f"numbers there, {size} here."
+                )
 
     def reader(self, role: str) -> Read:
         def read(name: str, what: str, start: int, length: int) -> Tensor:

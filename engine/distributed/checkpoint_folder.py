@@ -29,6 +29,19 @@ def remove_checkpoints(root: Path, *, after: int = -1) -> None:
             remove(folder)
 
 
+def remove_others(root: Path, newest: int, *, keep: int) -> None:
+    """All but the `keep` newest up to this iteration, which is the newest: what bears a later number was passed over,
+    or belongs to what has been gone back on.
+    """
+    found = checkpoints_in(root)
+    kept = [folder for folder in found if iteration_of(folder) <= newest][:keep]
+    for folder in found:
+        if folder not in kept:
+            remove(folder)
+    for left in root.glob("iteration_*.removed"):  # by runs that were killed
+        shutil.rmtree(left)
+
+
 def remove(folder: Path) -> None:
     """In one step as far as readers are concerned."""
     leaving = folder.with_name(folder.name + ".removed")

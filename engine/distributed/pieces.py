@@ -72,6 +72,7 @@ def give_back(engine: DeepSpeedEngine, read: Read, *, steps: int) -> None:
     Args:
         steps: as `steps_taken` said; without any there are no moments to read.
     """
+    _adamw(engine).state.clear()
     if steps:
         _make_moments(engine, steps)
     for name, parameter in _trained(engine):
@@ -149,7 +150,7 @@ def _make_moments(engine: DeepSpeedEngine, steps: int) -> None:
     for parameter in (p for group in _master_weights(engine) for p in group):
         state = adamw.state[parameter]
         for what in MOMENTS:
-            state.setdefault(what, torch.zeros_like(parameter, memory_format=torch.preserve_format))
+            state[what] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         # torch's fused AdamW counts in a float on the weights' device.
         state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=parameter.device)
 

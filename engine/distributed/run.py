@@ -45,8 +45,7 @@ class Run:
     ) -> None:
         if error is None:
             comm.barrier()
-        # A ValueError is raised on all ranks at once; of anything else the others have to hear.
-        self.watch.close(None if error is None or isinstance(error, ValueError) else f"{kind.__name__}: {error}")
+        self.watch.close(error)
         self.stop.close()
         if error is None:
             comm.shutdown()

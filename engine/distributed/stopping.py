@@ -2,6 +2,7 @@
 
 import os
 import signal
+from contextlib import suppress
 from typing import Any
 
 from engine.distributed import comm
@@ -14,6 +15,7 @@ class StopRequest:
 
     def __init__(self):
         self.asked_by: str | None = None
+        self.interrupted = False
         self.before: dict[int, Any] = {}
 
     @classmethod
@@ -31,14 +33,15 @@ class StopRequest:
     def hear(self, number: int, frame) -> None:
         """A signal's handler. A second Ctrl-C leaves at once."""
         del frame
-        name = signal.Signals(number).name
-        if number == signal.SIGINT and self.asked_by == "SIGINT":
+        if number == signal.SIGINT and self.interrupted:
             os._exit(130)
-        if self.asked_by is None and comm.is_main():
-            again = " Ctrl-C again leaves at once." if number == signal.SIGINT else ""
-            # Not print(): this may have interrupted one.
-            os.write(2, f"\n{name}: the run finishes its step, saves and stops.{again}\n".encode())
-        self.asked_by = name
+        self.interrupted |= number == signal.SIGINT
+        first, self.asked_by = self.asked_by is None, signal.Signals(number).name
+        if first and comm.is_main():
+            again = " Ctrl-C again leaves at once." if self.interrupted else ""
+            said = f"\n{self.asked_by}: the run finishes its step, saves and stops.{again}\n"
+            with suppress(OSError):  # who reads it may have been interrupted too
+                os.write(2, said.encode())  # not print(): this may have interrupted one
 
     def agreed(self) -> bool:
         """Whether some rank was asked. A collective."""

@@ -6,6 +6,7 @@ moments, and noise between them would be read as a change of policy. The exporte
 
 import copy
 import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,8 +136,8 @@ def fingerprint(model_name_or_path: str) -> list[tuple[str, ...]]:
 
 
 def content_digest(model_name_or_path: str) -> str:
-    """Another one where the weights are others, wherever they lie: of the names, sizes and first megabyte of a folder's
-    weights; of the name and commit of a model from the hub.
+    """Another one where the weights are others, wherever they lie: of the beginnings of all tensors of a folder, and of
+    its settings; of the name and commit of a model from the hub.
 
     Raises:
         ValueError: there is no such model.
@@ -145,11 +146,25 @@ def content_digest(model_name_or_path: str) -> str:
     if not folder.is_dir():
         digest.update(repr(fingerprint(model_name_or_path)).encode())
         return digest.hexdigest()
-    for path in sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")):
+    for path in sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json")):
         digest.update(f"{path.name} {path.stat().st_size} ".encode())
         with open(path, "rb") as file:
-            digest.update(file.read(2**20))
+            for start, length in _to_be_read(path):
+                file.seek(start)
+                digest.update(file.read(length))
     return digest.hexdigest()
+
+
+def _to_be_read(path: Path) -> list[tuple[int, int]]:
+    """(start, length) of what tells a file of weights from another: all of it where it is small or no safetensors."""
+    size = path.stat().st_size
+    if path.suffix != ".safetensors" or size < 2**20:
+        return [(0, size)]
+    with open(path, "rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+        tensors = json.loads(file.read(header))
+    starts = sorted(of["data_offsets"][0] for name, of in tensors.items() if name != "__metadata__")
+    return [(0, 8 + header), *((8 + header + start, 2**14) for start in starts)]
 
 
 def restore_rope(model: nn.Module) -> None:

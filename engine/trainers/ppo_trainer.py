@@ -93,7 +93,7 @@ class DeepSpeedPPOTrainer:
         self.told: list[str] = []  # signs of trouble, each once in a run
         self.quarantined: list[dict[str, Any]] = []
         self.in_flight: Experience | None = None  # of an iteration that is not over
-        self.resumed_at = 0  # iterations that the prompts given to `train` have been drawn for
+        self.resumed_at: int | None = None  # iterations that the prompts given to `train` have been drawn for
         self.drawn = 0  # responses that `generate` has drawn since the last step
 
     def train(
@@ -111,14 +111,14 @@ class DeepSpeedPPOTrainer:
         Returns:
             Whether it came to its end; False when it was asked to stop, and has saved.
         """
-        batches, self.resumed_at = Endless(prompts, drawn=self.resumed_at), 0
+        batches, self.resumed_at = Endless(prompts, drawn=self.resumed_at), None
         stop_asked = checkpoints.stop_asked if checkpoints is not None else lambda: False
         while self.in_flight is not None or self.progress.iteration < num_iterations:
             if self.in_flight is None and not stop_asked():
                 self.in_flight = self.generate_experience(next(batches))
                 if ran_away(self.in_flight, self.config.kl_guard):
                     go_back(self, checkpoints, tracker)
-                    batches, self.resumed_at = Endless(prompts, drawn=self.resumed_at), 0
+                    batches, self.resumed_at = Endless(prompts, drawn=self.resumed_at), None
                     continue
             try:
                 finished = self.in_flight is not None and self.train_on(self.in_flight, stop_asked)
@@ -387,7 +387,7 @@ class DeepSpeedPPOTrainer:
     def _tell(self, metrics: dict[str, float], tracker: Tracker) -> None:
         """What looks wrong in the iteration's numbers, once in a run."""
         given = dict(
-            dtype=next(self.actor.module.parameters()).dtype,
+            dtype=getattr(torch, self.rlhf_engine.dtype),
             max_response_tokens=self.config.rollout.max_response_tokens,
         )
         for name, sentence in signs_of_trouble(metrics, self.steps, **given).items():

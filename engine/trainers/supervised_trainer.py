@@ -33,7 +33,7 @@ class SupervisedTrainer:
         self.model, self.objective, self.config = model, objective, config
         self.iteration = self.skipped_steps = self.skipped_in_a_row = 0
         self.on_phase: Callable[[str, int], None] | None = None  # told what begins
-        self.resumed_at = 0  # minibatches that those given to `train` have been drawn for
+        self.resumed_at: int | None = None  # minibatches that those given to `train` have been drawn for
         if config.packing:
             model.eval()
             check_packing(model.module.model)
@@ -55,7 +55,8 @@ class SupervisedTrainer:
         Returns:
             Whether it came to its end; False when it was asked to stop, and has saved.
         """
-        batches, resumed, self.resumed_at = Endless(minibatches, drawn=self.resumed_at), self.resumed_at > 0, 0
+        batches, resumed = Endless(minibatches, drawn=self.resumed_at), bool(self.resumed_at)
+        self.resumed_at = None
         if held_out is not None:
             held_out = self.objective.prepared(held_out)
             if not resumed:

@@ -29,6 +29,13 @@ def test_every_epoch_has_an_order_of_its_own():
     assert first == second == list(range(11)) and whole[:3] != whole[3:]
 
 
+def test_going_on_from_the_very_first_is_the_first_epoch_again():
+    batches = loader()
+    whole = list(itertools.islice(Endless(batches, drawn=0), 5))
+    assert list(itertools.islice(Endless(batches, drawn=0), 5)) == whole
+    assert list(itertools.islice(Endless(batches), 5)) != whole  # where nobody asks for it, the order goes on
+
+
 def test_lists_go_on_too():
     assert list(itertools.islice(Endless("abc", drawn=4), 4)) == list("bcab")
 

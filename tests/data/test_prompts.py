@@ -407,6 +407,13 @@ def test_the_digest_is_of_the_prompts_in_use():
     assert len({after(*texts) for texts in [("ab", "cd"), *others]}) == 1 + len(others)
 
 
+def test_the_columns_have_a_digest_of_their_own():
+    ours, theirs = dataset("ab", "cd"), dataset("ab", "cd")
+    assert ours.columns_digest == theirs.columns_digest
+    theirs.rows[1]["answer"] = "other"
+    assert ours.digest == theirs.digest and ours.columns_digest != theirs.columns_digest
+
+
 # create_datasets
 
 

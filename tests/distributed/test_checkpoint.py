@@ -171,6 +171,17 @@ def test_the_newest_ones_are_kept(run_ranks, strict_z3, tmp_path):
     ]
 
 
+def test_a_damaged_one_is_not_kept_in_the_place_of_a_whole_one(run_ranks, strict_z3, two):
+    """The run passes over the second, goes on from the first, and saves after it; later ones are of no use to it."""
+    one_bit(two / SECOND)
+    (two / SECOND).rename(two / "iteration_000007")
+    (two / "iteration_000005.partial").mkdir()
+    (two / "iteration_000004.removed").mkdir()
+    run_ranks(saved, str(two), engines.ds_file(2, strict_z3), 2, 1)
+    assert [path.name for path in two.iterdir()] == [SECOND]
+    assert newest_whole(two, IDENTITY).name == SECOND
+
+
 def loaded(root, ds_config):
     folder = newest_checkpoint(Path(root), IDENTITY)
     engine = engines.actor(tiny.LLAMA, ds_config)
@@ -193,8 +204,11 @@ def test_what_is_loaded_is_what_was_saved(run_ranks, strict_z3, tmp_path, kind):
     assert all(torch.equal(one[3][name], tensor) for name, tensor in means.items())
 
 
-def another_model(root, ds_config):
-    engine = engines.critic(tiny.LLAMA, ds_config)
+def another_model(root, ds_config, narrower):
+    wide = "intermediate_size=64"
+    assert wide in tiny.LLAMA
+    name = tiny.LLAMA.replace(wide, "intermediate_size=48")
+    engine = engines.actor(name, ds_config) if narrower else engines.critic(tiny.LLAMA, ds_config)
     try:
         load_checkpoint(newest_checkpoint(Path(root), IDENTITY), Trained(engines={"actor": engine}, averages={}))
     except ValueError as error:
@@ -202,7 +216,11 @@ def another_model(root, ds_config):
 
 
 def test_another_models_weights_are_refused(run_ranks, strict_z3, two):
-    for said in run_ranks(another_model, str(two), engines.ds_file(2, strict_z3)):
+    for said in run_ranks(another_model, str(two), engines.ds_file(2, strict_z3), True):
+        assert re.search(
+            r"another model: the actor's \S*(gate|up|down)_proj\.weight has 2048 numbers there, 1536 here", said
+        )
+    for said in run_ranks(another_model, str(two), engines.ds_file(2, strict_z3), False):
         assert "is of another model: of the actor it has" in said and "lm_head.weight in one of them only" in said
 
 
@@ -227,7 +245,16 @@ def full_disk(root, ds_config, failing, where):
 
 @pytest.mark.parametrize(
     ("failing", "where"),
-    [(1, "save_file"), (0, "save_file"), (0, "flush"), (1, "flush"), (0, "_begin"), (0, "_finish")],
+    [
+        (1, "save_file"),
+        (0, "save_file"),
+        (0, "flush"),
+        (1, "flush"),
+        (0, "_begin"),
+        (0, "_write_manifest"),
+        (1, "digest"),
+        (0, "put_in_place"),
+    ],
 )
 def test_a_full_disk_leaves_what_there_was(run_ranks, strict_z3, two, failing, where):
     given = (str(two), engines.ds_file(2, strict_z3), failing, where)
@@ -238,18 +265,18 @@ def test_a_full_disk_leaves_what_there_was(run_ranks, strict_z3, two, failing, w
 
 def spoiled(root, ds_config):
     """A disk that does not keep what it is given."""
-    engine, real = engines.actor(tiny.LLAMA, ds_config), checkpoint._finish
+    engine, real = engines.actor(tiny.LLAMA, ds_config), checkpoint._write_manifest
 
-    def finish(half_done, folder, manifest):
-        real(half_done, folder, manifest)
-        one_bit(folder)
+    def write_manifest(half_done, manifest):
+        real(half_done, manifest)
+        one_bit(half_done)
 
-    checkpoint._finish = finish
+    checkpoint._write_manifest = write_manifest
     try:
         given = dict(state={}, tensors={}, identity=IDENTITY, keep=1)
         return save_checkpoint(Path(root), 3, Trained(engines={"actor": engine}, averages={}), **given)
     finally:
-        checkpoint._finish = real
+        checkpoint._write_manifest = real
 
 
 def test_the_last_good_one_stays_until_the_new_one_has_been_read_back(run_ranks, strict_z3, two, capsys):

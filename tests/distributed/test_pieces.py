@@ -101,3 +101,23 @@ def test_before_the_first_step_there_are_weights_alone(run_ranks, strict_z3, kin
     for whole, same, (apart, without), (taken, then), kinds in run_ranks(moved, tiny.LLAMA, file, file, "float32", 0):
         assert whole and all(same) and apart == without == 0.0 and (taken, then) == (0, 1)
         assert kinds == {WEIGHT}
+
+
+def run_away_and_back(ds_config):
+    """An engine that has taken steps is put back to where it had taken none."""
+    fresh = engines.actor(tiny.LLAMA, ds_config)
+    kept, _ = whole_of(fresh)
+    other = trained(tiny.LLAMA, ds_config, "float32", 2)
+    give_back(other, lambda name, what, start, length: kept[name, what][start : start + length], steps=0)
+    tell_the_model(other)
+    set_learning_rates(other, schedule_step=0, factor=1.0)
+    taken = steps_taken(other)
+    for engine in (fresh, other):
+        engines.train_actor(engine, seed=5)
+    ours, theirs = engines.weights(other), engines.weights(fresh)
+    return taken, all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("kind", [0, 2, "strict"])
+def test_no_moments_of_later_steps_are_left(run_ranks, strict_z3, kind):
+    assert run_ranks(run_away_and_back, engines.ds_file(kind, strict_z3)) == [(0, True)] * 2

@@ -44,6 +44,8 @@ def test_a_signal_asks_and_does_not_end(waiting, number):
 def test_a_second_ctrl_c_leaves_at_once(waiting):
     waiting.send_signal(signal.SIGINT)
     assert waiting.stdout.readline() == "asked by SIGINT\n"
+    waiting.send_signal(signal.SIGTERM)  # the launcher's
+    time.sleep(0.2)
     waiting.send_signal(signal.SIGINT)
     assert waiting.wait(timeout=5) == 130
     said = waiting.stderr.read()

@@ -2,10 +2,13 @@
 
 import re
 import signal
+import socket
 import time
 
 import pytest
 from processes import Ranks
+
+from engine.distributed import comm, watch
 
 SCRIPT = """
 import sys, time
@@ -23,6 +26,8 @@ def main():
         if comm.rank() == int(sys.argv[2]):
             if sys.argv[3] == "raise":
                 raise RuntimeError("out of ideas")
+            if sys.argv[3] == "mistake":
+                raise ValueError("no such row")
             time.sleep(600 if sys.argv[3] == "sleep" else 0)
         if sys.argv[3] == "end":
             time.sleep(comm.rank())  # the ranks do not end at the same moment
@@ -75,6 +80,39 @@ def test_a_rank_that_raises_says_so_itself_and_takes_the_others_along(ranks_of):
     assert run.codes(timeout_s=30) == [1, 1]
     assert "RuntimeError: out of ideas" in run.said(1)
     assert "Rank 1 of 2 failed in phase train of iteration 7: RuntimeError: out of ideas." in run.said(0)
+
+
+def test_a_mistake_that_one_rank_alone_notices_ends_the_others(ranks_of):
+    """A ValueError, which is mostly raised on all ranks."""
+    run = ranks_of(1, "mistake")
+    assert run.codes(timeout_s=30) == [1, 1]
+    assert "ValueError: no such row" in run.said(1)
+
+
+def test_strangers_are_not_heard(tmp_path, run_ranks):
+    assert run_ranks(with_strangers) == [True, True]
+
+
+def with_strangers():
+    """Ranks that connect while others knock: with no token, with a wrong one, and with nothing at all."""
+    real = socket.create_connection
+    if comm.rank() == 1:
+
+        def knock(address, timeout):
+            for said in (b"", b"hello\n", b'{"token": "\xc3\xa9", "rank": 1}\n', b"[" * 5000):
+                with real(address, timeout=5) as stranger:
+                    stranger.sendall(said)
+            return real(address, timeout=timeout)
+
+        watch.socket.create_connection = knock
+    try:
+        ours = watch.Watch()
+    finally:
+        watch.socket.create_connection = real
+    connected = not ours.closed and len(ours.connections) == 1
+    comm.barrier()
+    ours.close()
+    return connected
 
 
 def test_a_run_that_ends_is_no_death(ranks_of):

@@ -5,7 +5,7 @@ import resuming
 import tiny
 import torch
 
-from engine.config import PretrainingConfig
+from engine.config import PretrainingConfig, SteadyLoRAConfig
 
 WHOLE = ("moments", "weights", "averages", "schedule")
 # All that changes from iteration to iteration: an adaptive coefficient, running moments of scores, an average, a
@@ -67,6 +67,24 @@ def test_ppo_goes_on_from_the_middle_of_an_iteration(run_ranks, tmp_path, kind, 
         assert not first[0]["finished"] and len(first[0]["checkpoints"]) == 1
         rest = run_ranks(resuming.go, tiny.changed(config, resume="auto"))
         check_same_end(whole, rest, len(first[0]["metrics"]), first)
+
+
+MODES = {
+    "lora": dict(actor__lora=SteadyLoRAConfig(r=4), critic__lora=SteadyLoRAConfig(r=2)),
+    "trunk": dict(shared_trunk=True, actor__lora=SteadyLoRAConfig(r=4), reward__function="tiny:share_of_small_letters"),
+    "grpo": dict(advantage_estimator="grpo", rollout__samples_per_prompt=2),
+}
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("lora", 2), ("trunk", "strict"), ("grpo", "strict")])
+def test_every_mode_goes_on_from_the_middle_of_an_iteration(run_ranks, tmp_path, mode, kind):
+    given = MODES[mode] | dict(checkpoint__every=None, num_iterations=3)
+    whole = run_ranks(resuming.go, of_ppo(tmp_path, kind, **given))
+    config = of_ppo(tmp_path, kind, **given, output_dir=str(tmp_path / "stopped"))
+    first = run_ranks(resuming.go, config, 3)
+    assert not first[0]["finished"]
+    rest = run_ranks(resuming.go, tiny.changed(config, resume="auto"))
+    check_same_end(whole, rest, len(first[0]["metrics"]), first)
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_ends_well(recipe, whole, tmp_path
     ppo_runs.recovered(recipe, out, whole, lambda **found: tally(f"{name}", **found))
 
 
-def test_ctrl_c_through_the_launcher_saves(recipe, whole, tmp_path, tally):
+def test_ctrl_c_through_the_launcher_saves(recipe, tmp_path):
     """Ctrl-C goes to the launcher and to the ranks; the launcher then sends them SIGTERM, one after another."""
     out, launcher = tmp_path / "out", Path(sys.executable).with_name("deepspeed")
     command = [str(launcher), "--num_accelerators", "2", "--master_port", str(ranks.free_port()), "launch/train_ppo.py"]
@@ -75,7 +75,9 @@ def test_ctrl_c_through_the_launcher_saves(recipe, whole, tmp_path, tally):
     said = log.read_text()
     assert re.search(r"Stopped in iteration \d+ as asked: go on with --resume auto\.", said), said[-3000:]
     (folder,) = (out / "checkpoints").iterdir()
-    assert folder.name.startswith("iteration_") and not folder.name.endswith("partial")
+    stopped = int(folder.name.removeprefix("iteration_"))
+    said = ppo_runs.finish(recipe, out, "--resume", "auto", "--num_iterations", str(stopped + 1))
+    assert f"Going on from {folder}." in said and len(ppo_runs.metrics(out)) == stopped + 1
 
 
 class _Watched:

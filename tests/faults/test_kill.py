@@ -1,6 +1,6 @@
 """A rank is killed: the others end at once and say so, and what is gone on with is the run that was never killed.
 
-By default four points are tried; RLHF_ENGINE_FAULTS=all tries twenty (`bash tests/faults/run.sh`).
+By default five points are tried; RLHF_ENGINE_FAULTS=all tries twenty (`bash tests/faults/run.sh`).
 """
 
 import os

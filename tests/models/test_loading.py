@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import GPT2, LLAMA, MODELS, OPT, QWEN2, score_head
 from tokenizers import processors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from engine.models import loading, random_init
 from engine.models.loading import (
+    content_digest,
     exported_config,
     fingerprint,
     load_pretrained,
@@ -317,3 +318,18 @@ def test_code_in_a_models_folder_is_not_run(tmp_path, loader):
     with pytest.raises(ValueError, match=r"theirs|custom code|trust_remote_code"):
         loader(str(folder))
     assert not marker.exists()
+
+
+def test_a_models_digest_is_of_its_content_wherever_it_lies(tmp_path):
+    """Also where only a tensor in the middle of a large file has changed."""
+    folder = Path(local_name(f"{LLAMA}&intermediate_size=9000"))
+    assert (folder / "model.safetensors").stat().st_size > 2**20
+    shutil.copytree(folder, tmp_path / "moved")
+    assert content_digest(str(tmp_path / "moved")) == content_digest(str(folder))
+    weights = load_file(folder / "model.safetensors")
+    for name, tensor in weights.items():
+        save_file(weights | {name: tensor + 1e-3}, tmp_path / "moved" / "model.safetensors", metadata={"format": "pt"})
+        assert content_digest(str(tmp_path / "moved")) != content_digest(str(folder)), name
+    shutil.copy(folder / "model.safetensors", tmp_path / "moved" / "model.safetensors")
+    (tmp_path / "moved" / "score_normalisation.json").write_text("{}")
+    assert content_digest(str(tmp_path / "moved")) != content_digest(str(folder))
