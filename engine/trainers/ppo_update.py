@@ -75,7 +75,6 @@ class PPOUpdate:
         coefs = dict(kl_coef=experience.kl_coef, penalty_coef=penalty_coef)
         objective = PolicyObjective(self.config, experience, ref=self.ref, **coefs)
         set_training(self.actor)
-        self._backward_pretraining(step)  # its gradients add up to the policy's
         for batch, last in marking_last(self._micro_batches(experience)):
             new = self.actor(
                 batch.input_ids,
@@ -90,18 +89,23 @@ class PPOUpdate:
             step.add_policy(loss, new.logprobs, logprobs, advantages, torch.ones_like(logprobs, dtype=torch.bool))
             if new.values is not None:  # two heads, one backward pass
                 loss = loss + self.config.value_coef * self._value_loss(new.values, experience, batch, step)
-            accumulate(self.actor, loss, last=last)
+            accumulate(self.actor, loss, last=last and self.pretraining is None)
+        self._backward_pretraining(step)
 
     def _backward_pretraining(self, step: StepStatistics) -> None:
+        """Gradients that add up to the policy's. They come after those: DeepSpeed 0.19's ZeRO-3 adds to the gradient of
+        the step before where a weight (a value head) has none in a step's first backward pass.
+        """
         if self.pretraining is None:
             return
         sequences = next(self.pretraining).sequences
-        for batch in my_micro_batches(sequences, token_budget=self.config.pretraining_tokens):
+        micro_batches = my_micro_batches(sequences, token_budget=self.config.pretraining_tokens)
+        for batch, last in marking_last(micro_batches):
             given = dict(temperature=1.0, chunk_tokens=self.config.logits_chunk_tokens)
             logprobs = self.actor(batch.input_ids, batch.positions, batch.targets, **given).logprobs
             loss = -logprobs.sum() / sequences.num_response_tokens
             step.pretraining_loss += loss.item()
-            accumulate(self.actor, self.config.pretraining.coef * loss, last=False)
+            accumulate(self.actor, self.config.pretraining.coef * loss, last=last)
 
     def _backward_critic(self, experience: Experience, step: StepStatistics) -> None:
         set_training(self.critic)

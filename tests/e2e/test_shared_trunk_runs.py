@@ -10,7 +10,7 @@ from runs import Log, build, train, weights
 from test_laws import furthest
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from engine.config import SteadyLoRAConfig
+from engine.config import PretrainingConfig, SteadyLoRAConfig
 from engine.data.sequences import Sequences
 from engine.distributed.export import export_critic_of_trunk, export_huggingface
 from engine.models.lora import is_adapter
@@ -37,6 +37,15 @@ def plain(run_ranks, tmp_path_factory):
 def test_neither_sharding_nor_ranks_change_the_numbers(run_ranks, tmp_path, plain, world_size, kind):
     run = run_ranks(train, shared(tmp_path, **tiny.sharding(kind, tmp_path)), world_size=world_size)[0]
     assert furthest(run["metrics"], plain[0]["metrics"]) < 1e-5
+
+
+def test_demonstrations_that_leave_the_value_head_alone_change_nothing_of_it_at_any_stage(run_ranks, tmp_path):
+    """Their backward pass gives the head no gradient; under ZeRO-3 that of the step before must not take its place."""
+    mix = PretrainingConfig(data=tiny.stage_config(tmp_path, "sft").data, coef=0.5)
+    expected = run_ranks(train, shared(tmp_path, zero_stage=0, pretraining=mix), world_size=1)[0]["metrics"]
+    for kind in (2, "strict"):
+        found = run_ranks(train, shared(tmp_path, pretraining=mix, **tiny.sharding(kind, tmp_path)))[0]["metrics"]
+        assert furthest(found, expected) < 1e-5, kind
 
 
 @pytest.mark.parametrize("given", [dict(actor__gradient_checkpointing=True), dict(kl_placement="loss")])
