@@ -28,8 +28,9 @@ class CheckpointConfig:
             raise ValueError(f"checkpoint.minutes={self.minutes} must be above 0.")
 
 
-# Settings that a run may go on with other values of: they decide where and how fast, not what is computed.
-# Of models and data it is their content that has to be the same; it is compared by its digest.
+# Settings that a run may go on with other values of: they decide where, how fast and how long, not what an iteration
+# computes (but that a learning rate which falls with the iterations falls with the new number of them). Of models and
+# data it is their content that has to be the same; it is compared by its digest.
 FREE = {
     *("output_dir", "resume", "checkpoint", "tracking", "num_iterations", "num_train_epochs", "eval_every"),
     *("micro_batch_size", "logits_chunk_tokens", "rollout.micro_batch_size", "rollout.weights"),
