@@ -9,7 +9,7 @@ from typing import TextIO
 LOCK = ".lock"
 
 
-def claim(folder: Path) -> TextIO:
+def claim(output_dir: str) -> TextIO:
     """Make the folder and keep other runs out of it.
 
     Returns:
@@ -18,6 +18,9 @@ def claim(folder: Path) -> TextIO:
     Raises:
         ValueError: it cannot be written to, or another run is writing to it.
     """
+    if not output_dir.strip():
+        raise ValueError("output_dir is empty: name the folder to write to.")
+    folder = Path(output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / LOCK, "a+")  # noqa: SIM115 - the caller's

@@ -58,7 +58,7 @@ def train(config: PPOConfig, this_run: Run) -> None:
     trainer = DeepSpeedPPOTrainer(rlhf_engine, config, pretraining, on_phase=told)
     checkpoints = Checkpoints(config, rlhf_engine.trained, contents=contents, stop=this_run.stop, on_phase=told)
     tracker = checkpoints.go_on(
-        trainer, partial(Tracker, config, num_iterations=num_iterations, is_main=comm.is_main())
+        trainer, num_iterations, partial(Tracker, config, num_iterations=num_iterations, is_main=comm.is_main())
     )
     with tracker:
         if trainer.train(prompts, num_iterations, tracker, checkpoints):

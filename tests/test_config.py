@@ -122,6 +122,16 @@ def test_a_value_of_the_wrong_type_is_refused_in_a_sentence(recipe, name, value,
         parse(PPOConfig, [*recipe, f"--{name}", value])
 
 
+def test_a_misspelt_setting_of_a_group_that_may_be_left_out_is_named(recipe):
+    with pytest.raises(ValueError, match=r"^actor\.lora\.rank is not a setting\.\n"):
+        parse(PPOConfig, [*recipe, "--actor.lora.rank", "8"])
+
+
+def test_a_guard_that_guards_nothing_is_refused(recipe):
+    with pytest.raises(ValueError, match=r"kl_guard\.roll_backs=2 does nothing without kl_guard\.max_kl"):
+        parse(PPOConfig, [*recipe, "--kl_guard.roll_backs", "2"])
+
+
 def test_what_a_group_needs_is_named_with_the_group(recipe):
     with pytest.raises(ValueError, match=r"^pretraining\.data\.train is not set\.\n"):
         parse(PPOConfig, [*recipe, "--pretraining.coef", "1"])

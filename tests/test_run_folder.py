@@ -9,8 +9,8 @@ import pytest
 
 from engine.run_folder import LOCK, claim
 
-HOLD = "import sys, time; from pathlib import Path; from engine.run_folder import claim\n"
-HOLD += "lock = claim(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+HOLD = "import sys, time; from engine.run_folder import claim\n"
+HOLD += "lock = claim(sys.argv[1]); print('held', flush=True); time.sleep(60)"
 
 
 @pytest.fixture
@@ -28,20 +28,25 @@ def test_a_second_run_is_told_who_writes_there(tmp_path, holder):
     with pytest.raises(
         ValueError, match=rf"Another run is writing to .*out \(process {holder.pid} on .*\): name anoth"
     ):
-        claim(tmp_path / "out")
+        claim(str(tmp_path / "out"))
     with pytest.raises(ValueError, match=f"process {holder.pid} on"):  # being refused has not changed the lock
-        claim(tmp_path / "out")
+        claim(str(tmp_path / "out"))
 
 
 def test_a_folder_is_free_again_however_its_run_ended(tmp_path, holder):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    with claim(tmp_path / "out"):
+    with claim(str(tmp_path / "out")):
         assert (tmp_path / "out" / LOCK).read_text().startswith(f"process {os.getpid()} on ")
-    claim(tmp_path / "out").close()
+    claim(str(tmp_path / "out")).close()
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"output_dir=.*file/out cannot be written to"):
-        claim(tmp_path / "file" / "out")
+        claim(str(tmp_path / "file" / "out"))
+
+
+def test_a_folder_without_a_name_is_refused():
+    with pytest.raises(ValueError, match="output_dir is empty"):
+        claim(" ")

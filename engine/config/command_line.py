@@ -105,6 +105,8 @@ EXPECTED = {
 def _plainly(message: str) -> str:
     """What jsonargparse says of a value that does not fit, in a sentence; as it is where it is about something else."""
     name = ".".join(re.findall(r'Parser key "([^"]+)":', message))
+    if unknown := re.search(r"Option '([^']+)' is not accepted", message):
+        return f"{name}.{unknown[1]} is not a setting."
     if missing := re.search(r"arguments are required: (.+)", message):
         return f"{name + '.' if name else ''}{missing[1]} is not set."
     given = re.search(r"(?:Got|Given) value: (.*)", message)  # the innermost comes first

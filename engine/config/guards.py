@@ -23,5 +23,7 @@ class KLGuardConfig:
         if self.max_kl is not None and not self.max_kl > 0:
             raise ValueError(f"kl_guard.max_kl={self.max_kl} must be above 0 nats per response.")
         at_least("kl_guard.roll_backs", self.roll_backs, 0)
+        if self.roll_backs and self.max_kl is None:
+            raise ValueError(f"kl_guard.roll_backs={self.roll_backs} does nothing without kl_guard.max_kl: set it.")
         if not 0 < self.factor < 1:
             raise ValueError(f"kl_guard.factor={self.factor} must lie between 0 and 1.")

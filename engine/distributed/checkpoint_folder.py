@@ -6,6 +6,7 @@ A checkpoint's folder appears in one step, with a manifest of its files, their s
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -107,7 +108,10 @@ def newest_whole(root: Path, identity: Mapping[str, Any], *, before: int | None 
             return folder
         print(f"{folder} is damaged ({damage}): passed over.", flush=True)
     if found:
-        raise ValueError(f"Not one checkpoint in {root} is whole. Begin anew with --resume never.")
+        raise ValueError(
+            f"Not one checkpoint in {root} is whole. Begin anew in another --output_dir, or here with --resume never, "
+            f"which removes them."
+        )
     return None
 
 
@@ -132,12 +136,18 @@ def _damage(folder: Path) -> str | None:
     return None
 
 
+def _difference(name: str, theirs: Any, ours: Any) -> str:
+    if all(re.fullmatch("[0-9a-f]{32,}", str(digest)) for digest in (theirs, ours)):
+        return f"{name} are others"
+    return f"{name} was {theirs!r}, is {ours!r}"
+
+
 def _check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
     theirs = json.loads((folder / MANIFEST).read_text())["identity"]
     ours = json.loads(json.dumps(identity))  # as the file has it: tuples as lists
     differing = [name for name in sorted(theirs.keys() | ours.keys()) if theirs.get(name) != ours.get(name)]
     if differing:
-        said = "; ".join(f"{name} was {theirs.get(name)!r}, is {ours.get(name)!r}" for name in differing[:3])
+        said = "; ".join(_difference(name, theirs.get(name), ours.get(name)) for name in differing[:3])
         more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise ValueError(
             f"{folder} is of another run: {said}{more}. Go on with the settings that it began with, or begin anew with "

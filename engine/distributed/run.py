@@ -1,6 +1,5 @@
 """One rank of a run under way: it has joined the others, holds the run's folder, listens for signals and watches."""
 
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -34,7 +33,7 @@ class Run:
             {"the configuration": shown(as_dict(config)), "the installed versions": comm.versions()}
         )
         with comm.same_error_everywhere():
-            self.lock = claim(Path(config.output_dir)) if comm.is_main() else None
+            self.lock = claim(config.output_dir) if comm.is_main() else None
         self.watch = Watch()
 
     def __enter__(self) -> "Run":

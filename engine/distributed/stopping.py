@@ -1,12 +1,17 @@
-"""Being asked to stop: SIGTERM and SIGUSR1, which schedulers send before they take a machine away, and Ctrl-C."""
+"""Being asked to stop: SIGTERM and SIGUSR1, which schedulers send before they take a machine away, Ctrl-C, and the end
+of the launcher, which may have been told in the ranks' place.
+"""
 
 import os
 import signal
 from contextlib import suppress
 from typing import Any
 
+import psutil
+
 from engine.distributed import comm
 
+LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed", "accelerate")
 ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -16,6 +21,7 @@ class StopRequest:
     def __init__(self):
         self.asked_by: str | None = None
         self.interrupted = False
+        self.launchers: list[psutil.Process] = []
         self.before: dict[int, Any] = {}
 
     @classmethod
@@ -23,6 +29,7 @@ class StopRequest:
         """One that hears the signals from now on; from the main thread."""
         request = cls()
         request.before = {number: signal.signal(number, request.hear) for number in ASKING}
+        request.launchers = [process for process in psutil.Process().parents() if _launches(process)]
         return request
 
     def close(self) -> None:
@@ -36,13 +43,27 @@ class StopRequest:
         if number == signal.SIGINT and self.interrupted:
             os._exit(130)
         self.interrupted |= number == signal.SIGINT
-        first, self.asked_by = self.asked_by is None, signal.Signals(number).name
+        self._asked(signal.Signals(number).name)
+
+    def _asked(self, by: str) -> None:
+        first, self.asked_by = self.asked_by is None, by
         if first and comm.is_main():
             again = " Ctrl-C again leaves at once." if self.interrupted else ""
-            said = f"\n{self.asked_by}: the run finishes its step, saves and stops.{again}\n"
             with suppress(OSError):  # who reads it may have been interrupted too
-                os.write(2, said.encode())  # not print(): this may have interrupted one
+                # Not print(): this may have interrupted one.
+                os.write(2, f"\n{by}: the run finishes its step, saves and stops.{again}\n".encode())
 
     def agreed(self) -> bool:
         """Whether some rank was asked. A collective."""
+        if self.asked_by is None and not all(launcher.is_running() for launcher in self.launchers):
+            self._asked("the end of the launcher")
         return comm.any_true(self.asked_by is not None)
+
+
+def _launches(process: psutil.Process) -> bool:
+    """Whether this is a launcher of ranks."""
+    try:
+        words = process.cmdline()[:6]
+    except psutil.Error:
+        return False
+    return any(name in word for word in words if not word.endswith(".sh") for name in LAUNCHERS)

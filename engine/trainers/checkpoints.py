@@ -44,32 +44,50 @@ class Checkpoints:
             stop: whether somebody has asked the run to stop.
             on_phase: told the phase, save, and the iteration whenever one begins.
         """
-        self.on_phase = on_phase
+        self.on_phase, self.num_iterations = on_phase, None
         self.settings, self.resume, self.trained, self.request = config.checkpoint, config.resume, trained, stop
         self.root = Path(config.output_dir) / "checkpoints"
         self.identity = settings_that_stay(config) | contents
         self.saved_at = monotonic()
 
-    def go_on(self, trainer: Trainer, new_tracker: Callable[..., Tracker]) -> Tracker:
+    def go_on(self, trainer: Trainer, num_iterations: int, new_tracker: Callable[..., Tracker]) -> Tracker:
         """Put a trainer where `--resume` says, and make the tracker of a run that begins or goes on there.
 
         A collective.
 
         Args:
+            num_iterations: of the whole run.
             new_tracker: takes `resumed_at` and `wandb_id`, as `Tracker` does.
 
         Raises:
             ValueError: as `load` and `Tracker`.
         """
-        kept = self.load()
+        self.num_iterations, kept = num_iterations, self.load()
         if kept is None:
             given = {}
         else:
             state, tensors = kept
             trainer.go_on_from(state, tensors)
+            self._tell_of_its_length(trainer.iterations_done, state["num_iterations"], num_iterations)
             given = dict(resumed_at=trainer.iterations_done, wandb_id=state["wandb_id"])
         with comm.same_error_everywhere():
             return new_tracker(**given)
+
+    def _tell_of_its_length(self, done: int, before: int | None, now: int) -> None:
+        """
+        Raises:
+            ValueError: on every rank, when the run has more iterations behind it than it is to have.
+        """
+        if done > now:
+            raise ValueError(f"The run has {done} iterations behind it, and is to have {now}: raise num_iterations.")
+        if comm.is_main() and done == now:
+            print(f"All {now} iterations are done: what is left is to write the models.", flush=True)
+        elif comm.is_main() and before not in (None, now):
+            print(
+                f"Note: the run was to have {before} iterations and is to have {now}: learning rates that fall with "
+                f"the iterations fall with the new number.",
+                flush=True,
+            )
 
     def load(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """What the run goes on from, by `--resume`; the models have it already. None for a run that begins.
@@ -137,7 +155,7 @@ class Checkpoints:
         if self.on_phase is not None:
             self.on_phase("save", iteration)
         state, tensors = snapshot()
-        state = {"wandb_id": tracker.wandb_id, **state}
+        state = {"wandb_id": tracker.wandb_id, "num_iterations": self.num_iterations, **state}
         given = dict(state=state, tensors=tensors, identity=self.identity, keep=self.settings.keep)
         written = save_checkpoint(self.root, iteration, self.trained, **given)
         self.saved_at = monotonic()

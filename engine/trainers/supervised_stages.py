@@ -57,7 +57,7 @@ class Stage:
         checkpoints = Checkpoints(config, trained, contents=self.contents, **heard)
         given = dict(num_iterations=self.num_iterations, is_main=comm.is_main(), shown=shown)
         self.trainer.on_phase = this_run.watch.tell
-        return checkpoints, checkpoints.go_on(self.trainer, partial(Tracker, config, **given))
+        return checkpoints, checkpoints.go_on(self.trainer, self.num_iterations, partial(Tracker, config, **given))
 
     def train(self, tracker: Tracker, checkpoints: Checkpoints | None = None) -> bool:
         """The whole run; whether it came to its end. See `SupervisedTrainer.train`."""

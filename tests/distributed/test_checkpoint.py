@@ -19,7 +19,7 @@ from engine.distributed.checkpoint import Trained, load_checkpoint, newest_check
 from engine.distributed.checkpoint_folder import MANIFEST, checkpoints_in, newest_whole, put_in_place
 from engine.distributed.moving_average import MovingAverage
 
-IDENTITY = {"seed": 0, "rollout.top_k": 0, "the prompts": "abc"}
+IDENTITY = {"seed": 0, "rollout.top_k": 0, "the prompts": "abc", "the model": "a" * 32}
 FIRST, SECOND = "iteration_000001", "iteration_000002"
 
 
@@ -107,7 +107,7 @@ def test_a_damaged_one_is_named_and_passed_over(two, capsys, damage):
     assert line.startswith(f"{two / SECOND} is damaged (") and line.endswith("): passed over.")
     assert re.search(DAMAGE[damage], line)
     damage(two / FIRST) if damage is not another_state else without_state(two / FIRST)
-    with pytest.raises(ValueError, match=r"Not one checkpoint in .* is whole\. Begin anew with --resume never"):
+    with pytest.raises(ValueError, match=r"Not one checkpoint in .* is whole\. Begin anew in another --output_dir, or"):
         newest_whole(two, IDENTITY)
 
 
@@ -118,6 +118,7 @@ def test_a_damaged_one_is_named_and_passed_over(two, capsys, damage):
         ({"rollout.top_k": 5, "seed": 1}, "rollout.top_k was 0, is 5; seed was 0, is 1"),
         ({"the prompts": "other"}, "the prompts was 'abc', is 'other'"),
         ({"new": 3}, "new was None, is 3"),
+        ({"the model": "b" * 32}, "the model are others"),
         ({f"n{number}": 1 for number in range(5)}, "and 2 more"),
     ],
 )

@@ -1,11 +1,13 @@
 """Runs that are asked to stop, that lose their disk, their logger or their checkpoint, and what becomes of them."""
 
+import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import ppo_runs
@@ -50,8 +52,11 @@ def test_a_run_that_is_asked_to_stop_saves_and_ends_well(recipe, whole, tmp_path
     ppo_runs.recovered(recipe, out, whole, lambda **found: tally(f"{name}", **found))
 
 
-def test_ctrl_c_through_the_launcher_saves(recipe, tmp_path):
-    """Ctrl-C goes to the launcher and to the ranks; the launcher then sends them SIGTERM, one after another."""
+@pytest.mark.parametrize("told", ["everybody, by Ctrl-C", "the launcher alone, by SIGUSR1"])
+def test_a_launched_run_saves_whoever_is_told(recipe, tmp_path, told):
+    """Ctrl-C goes to the launcher and to the ranks; the launcher then sends them SIGTERM, one after another. Another
+    signal ends the launcher and nobody else: the ranks notice that it is gone.
+    """
     out, launcher = tmp_path / "out", Path(sys.executable).with_name("deepspeed")
     command = [str(launcher), "--num_accelerators", "2", "--master_port", str(ranks.free_port()), "launch/train_ppo.py"]
     command += ["--config", str(recipe), "--output_dir", str(out), "--num_iterations", "400"]
@@ -67,13 +72,19 @@ def test_ctrl_c_through_the_launcher_saves(recipe, tmp_path):
         )
     try:
         Ranks.wait_until(_Watched(process, log), lambda: len(ppo_runs.metrics(out)) >= 2)
-        os.killpg(process.pid, signal.SIGINT)
+        if "everybody" in told:
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.send_signal(signal.SIGUSR1)
         process.wait(timeout=60)
+        deadline = time.monotonic() + 60  # the ranks may outlive the launcher
+        stopped = r"Stopped in iteration \d+ as asked: go on with --resume auto\."
+        while not re.search(stopped, log.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.1)
     finally:
-        if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    said = log.read_text()
-    assert re.search(r"Stopped in iteration \d+ as asked: go on with --resume auto\.", said), said[-3000:]
+    assert re.search(stopped, log.read_text()), log.read_text()[-3000:]
     (folder,) = (out / "checkpoints").iterdir()
     stopped = int(folder.name.removeprefix("iteration_"))
     said = ppo_runs.finish(recipe, out, "--resume", "auto", "--num_iterations", str(stopped + 1))
