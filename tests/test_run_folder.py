@@ -1,5 +1,6 @@
 """run_folder.py: a folder that one run writes to at a time, claimed by real processes."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -7,7 +8,7 @@ import sys
 
 import pytest
 
-from engine.run_folder import LOCK, claim
+from engine.run_folder import LOCK, claim, release
 
 HOLD = "import sys, time; from engine.run_folder import claim\n"
 HOLD += "lock = claim(sys.argv[1]); print('held', flush=True); time.sleep(60)"
@@ -45,6 +46,30 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"output_dir=.*file/out cannot be written to"):
         claim(str(tmp_path / "file" / "out"))
+
+
+def test_what_is_released_leaves_no_trace(tmp_path):
+    release(claim(str(tmp_path / "empty")))
+    assert not (tmp_path / "empty").exists()
+    lock = claim(str(tmp_path / "out"))
+    (tmp_path / "out" / "metrics.jsonl").touch()
+    release(lock)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_lock_that_goes_while_it_is_waited_for_is_no_claim(tmp_path, monkeypatch):
+    """Another run ends, and removes its lock, between the moments at which this one opens and locks it."""
+    real, calls = fcntl.flock, []
+
+    def flock(lock, how):
+        if not calls:
+            (tmp_path / "out" / LOCK).unlink()
+        calls.append(how)
+        real(lock, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with claim(str(tmp_path / "out")) as lock:
+        assert len(calls) == 2 and os.path.samestat(os.fstat(lock.fileno()), (tmp_path / "out" / LOCK).stat())
 
 
 def test_a_folder_without_a_name_is_refused():

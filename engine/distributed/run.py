@@ -8,7 +8,7 @@ from engine.config.secrets import shown
 from engine.distributed import comm
 from engine.distributed.stopping import StopRequest
 from engine.distributed.watch import Watch
-from engine.run_folder import claim
+from engine.run_folder import claim, release
 
 
 class Run:
@@ -49,4 +49,4 @@ class Run:
         if error is None:
             comm.shutdown()
         if self.lock is not None:
-            self.lock.close()
+            release(self.lock)
