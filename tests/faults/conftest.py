@@ -1,7 +1,8 @@
-"""What became of the runs to which faults were done, as a table at the end."""
+"""The run that faults are done to, and a table at the end: what became of it each time."""
 
 from collections import defaultdict
 
+import ppo_runs
 import pytest
 
 TALLY = defaultdict(list)
@@ -11,6 +12,20 @@ TALLY = defaultdict(list)
 def tally():
     """`tally(fault, recovered=..., iterations_lost=..., rows_lost=...)`: one run."""
     return lambda fault, **outcome: TALLY[fault].append(outcome)
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory):
+    """The file of the run that the faults are done to."""
+    return ppo_runs.recipe(tmp_path_factory.mktemp("recipe"))
+
+
+@pytest.fixture(scope="session")
+def whole(recipe, tmp_path_factory):
+    """What that run leaves when nothing happens to it."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    ppo_runs.finish(recipe, out)
+    return ppo_runs.outcome(out)
 
 
 def pytest_terminal_summary(terminalreporter):

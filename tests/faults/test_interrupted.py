@@ -16,19 +16,6 @@ import ranks
 from processes import Ranks
 
 
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    return ppo_runs.recipe(tmp_path_factory.mktemp("recipe"))
-
-
-@pytest.fixture(scope="module")
-def whole(recipe, tmp_path_factory):
-    """What the run leaves that nothing happens to."""
-    out = tmp_path_factory.mktemp("whole") / "out"
-    ppo_runs.finish(recipe, out)
-    return ppo_runs.outcome(out)
-
-
 @pytest.mark.parametrize(
     ("fault", "in_flight"),
     [

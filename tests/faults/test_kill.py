@@ -47,19 +47,6 @@ def points(count: int) -> list[str]:
 POINTS = points(20 if os.environ.get("RLHF_ENGINE_FAULTS") == "all" else 5)
 
 
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    return ppo_runs.recipe(tmp_path_factory.mktemp("recipe"))
-
-
-@pytest.fixture(scope="module")
-def whole(recipe, tmp_path_factory):
-    """What the run leaves that nobody kills."""
-    out = tmp_path_factory.mktemp("whole") / "out"
-    ppo_runs.finish(recipe, out)
-    return ppo_runs.outcome(out)
-
-
 @pytest.mark.parametrize("fault", POINTS)
 def test_a_killed_run_goes_on_as_if_it_had_not_been(recipe, whole, tmp_path, tally, fault):
     out, killed = tmp_path / "out", int(fault[0])
