@@ -26,8 +26,9 @@ WHERE = {
     ],
     "save": [("engine.distributed.checkpoint:save_file", 4), ("engine.distributed.checkpoint:flush", 8)],
     "save, on rank 0": [
-        ("engine.distributed.checkpoint:_finish", 4),
-        ("engine.distributed.checkpoint:remove", 6),
+        ("engine.distributed.checkpoint:_write_manifest", 4),
+        ("engine.distributed.checkpoint:put_in_place", 4),
+        ("engine.distributed.checkpoint:remove_others", 4),
         ("engine.tracking:Tracker._write", 8),
     ],
 }
