@@ -5,13 +5,15 @@ of the launcher, which may have been told in the ranks' place.
 import os
 import signal
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import psutil
 
 from engine.distributed import comm
 
-LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed", "accelerate")
+LAUNCHERS = {"deepspeed", "torchrun", "accelerate"}  # commands
+LAUNCHING = ("deepspeed.launcher.", "torch.distributed.")  # modules, after -m
 ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -55,15 +57,22 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """Whether some rank was asked. A collective."""
-        if self.asked_by is None and not all(launcher.is_running() for launcher in self.launchers):
+        if self.asked_by is None and not all(map(_goes_on, self.launchers)):
             self._asked("the end of the launcher")
         return comm.any_true(self.asked_by is not None)
 
 
 def _launches(process: psutil.Process) -> bool:
-    """Whether this is a launcher of ranks."""
+    """Whether this is a launcher of ranks, and not a shell in which one was called: that may end before."""
     try:
         words = process.cmdline()[:6]
     except psutil.Error:
         return False
-    return any(name in word for word in words if not word.endswith(".sh") for name in LAUNCHERS)
+    return any(Path(word).name in LAUNCHERS or word.startswith(LAUNCHING) for word in words)
+
+
+def _goes_on(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False

@@ -5,14 +5,16 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
-from engine.distributed import comm
+from engine.distributed import comm, stopping
 from engine.distributed.stopping import StopRequest
 
 WAIT = """
 import time
+from types import SimpleNamespace
 from engine.distributed.stopping import StopRequest
 request = StopRequest.listening()
 print("listening", flush=True)
@@ -50,6 +52,21 @@ def test_a_second_ctrl_c_leaves_at_once(waiting):
     assert waiting.wait(timeout=5) == 130
     said = waiting.stderr.read()
     assert "SIGINT: the run finishes its step, saves and stops. Ctrl-C again leaves at once." in said
+
+
+@pytest.mark.parametrize(
+    ("words", "launches"),
+    [
+        (["python", "/env/bin/deepspeed", "launch/train_ppo.py"], True),
+        (["/env/bin/python", "-u", "-m", "deepspeed.launcher.launch", "launch/train_ppo.py"], True),
+        (["python", "/env/bin/torchrun", "launch/train_ppo.py"], True),
+        (["bash", "-c", "cd /deepspeed && nohup deepspeed launch/train_ppo.py &"], False),  # may end, the run goes on
+        (["python", "/home/deepspeed/train.py"], False),
+        ([], False),
+    ],
+)
+def test_a_launcher_is_told_from_the_shell_that_called_it(words, launches):
+    assert stopping._launches(SimpleNamespace(cmdline=lambda: words)) == launches
 
 
 def asked_on_one_rank():
