@@ -19,6 +19,7 @@ from typing import Any
 from engine.distributed import comm
 
 CONNECT_S = 60
+NOTICE_S = 3  # for a rank that fails to hear that another one is gone, which may be why
 MOURNING_S = 15  # for a rank that fails as another one did to end by itself, and to say so in its own words
 
 
@@ -78,6 +79,10 @@ class Watch:
             failure: why this rank ends; the others end too. A ValueError is mostly raised on all ranks: they are given
                 time to say so themselves.
         """
+        if failure is not None and not isinstance(failure, ValueError) and not self.closed:
+            threading.Event().wait(
+                NOTICE_S
+            )  # who hears of a rank that is gone meanwhile names it, and ends the process
         self.closed = True
         if failure is None:
             self._to_all({"bye": True})

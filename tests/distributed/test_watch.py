@@ -14,10 +14,16 @@ SCRIPT = """
 import sys, time
 import tiny
 from engine.config import run
-from engine.distributed import comm
+from engine.distributed import comm, watch
 from engine.distributed.run import Run
 
+def late(connection, lines=watch._lines):
+    yield from lines(connection)
+    time.sleep(1)
+
 def main():
+    if "late" in sys.argv[3]:
+        watch._lines = late
     sizes = dict(rollout_batch_size=12, minibatch_size=6, micro_batch_size=1)
     with Run(tiny.ppo_config(sys.argv[1], distributed_timeout_s=600, **sizes)) as this_run:
         this_run.watch.tell("train", 7)
@@ -28,7 +34,7 @@ def main():
                 raise RuntimeError("out of ideas")
             if sys.argv[3] == "mistake":
                 raise ValueError("no such row")
-            time.sleep(600 if sys.argv[3] == "sleep" else 0)
+            time.sleep(600 if "sleep" in sys.argv[3] else 0)
         if sys.argv[3] == "end":
             time.sleep(comm.rank())  # the ranks do not end at the same moment
         else:
@@ -66,6 +72,13 @@ def test_a_rank_that_is_killed_is_named_by_the_others(ranks_of, dies):
     assert codes[dies] == -9 and codes[1 - dies] == 1 and time.monotonic() - began < 10
     said = run.said(1 - dies)
     assert f"Rank {dies} of 2 died in phase train of iteration 7. The run ends; --resume auto goes on" in said
+
+
+def test_a_collective_that_fails_before_the_death_is_heard_of_does_not_hide_it(ranks_of):
+    run = ranks_of(1, "sleep, heard of late")
+    run.send(signal.SIGKILL, 1)
+    assert run.codes(timeout_s=30) == [1, -9]
+    assert "Rank 1 of 2 died in phase train of iteration 7." in run.said(0)
 
 
 def test_of_three_ranks_the_other_two_end(ranks_of):

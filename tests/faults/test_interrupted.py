@@ -1,4 +1,6 @@
-"""Runs that are asked to stop, that lose their disk, their logger or their checkpoint, and what becomes of them."""
+"""What becomes of runs that are asked to stop, lose their disk, their logger or a checkpoint, or have NaN or nothing at
+all on one rank.
+"""
 
 import contextlib
 import json
@@ -146,6 +148,37 @@ def test_a_dead_logger_does_not_end_a_run(recipe, whole, tmp_path, tally):
     same = ppo_runs.outcome(out) == whole
     tally("a dead logger", recovered=same, iterations_lost=0, rows_lost=0)
     assert same
+
+
+@pytest.mark.parametrize("where", ["clipped_value_loss", "PolicyObjective.loss"])
+def test_nan_on_one_rank_skips_one_step_on_all(recipe, whole, tmp_path, tally, where):
+    """The loss of one micro-batch on rank 1, in the first step of the second iteration."""
+    out = tmp_path / "out"
+    with ppo_runs.start(recipe, out, fault=f"1:engine.trainers.ppo_update:{where}:5:nan") as run:
+        assert run.codes() == [0, 0], run.said(0) + run.said(1)
+        said = run.said(0)
+    assert "iteration 2: step skipped on all ranks, a loss or a gradient that is not finite" in said
+    metrics = ppo_runs.metrics(out)
+    assert [line["skipped/steps"] for line in metrics] == [0, 1, 1, 1]
+    assert all(value is not None for line in metrics for value in line.values()), "null would be NaN"
+    assert metrics[0] == whole["metrics"][0] and metrics[3] != whole["metrics"][3]
+    kept = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
+    assert len(kept) == 3 and {row["iteration"] for row in kept} == {2}, "the epoch's short last minibatch"
+    lost = len(whole["samples"].splitlines()) - len((out / "samples.jsonl").read_text().splitlines())
+    tally("NaN on one rank", recovered=(out / "actor").exists(), iterations_lost=0, rows_lost=lost)
+
+
+def test_empty_responses_of_one_rank_do_not_end_a_run(recipe, whole, tmp_path, tally):
+    out = tmp_path / "out"
+    with ppo_runs.start(recipe, out, fault="1:engine.rollout.sampler:sampled_responses:2:empty") as run:
+        assert run.codes() == [0, 0], run.said(0) + run.said(1)
+    metrics = ppo_runs.metrics(out)
+    assert all(value is not None for line in metrics for value in line.values()), "null would be NaN"
+    assert [line["skipped/steps"] for line in metrics] == [0] * ppo_runs.NUM_ITERATIONS
+    lengths = [line["response/length_mean"] for line in metrics]
+    assert metrics[0] == whole["metrics"][0] and lengths[1] < whole["metrics"][1]["response/length_mean"]
+    lost = len(whole["samples"].splitlines()) - len((out / "samples.jsonl").read_text().splitlines())
+    tally("empty responses of one rank", recovered=(out / "actor").exists(), iterations_lost=0, rows_lost=lost)
 
 
 def test_a_second_run_into_the_same_folder_is_refused(recipe, tmp_path):

@@ -20,9 +20,9 @@ WHERE = {
     ],
     "score": [("engine.trainers.ppo_trainer:measure", 4), ("engine.trainers.ppo_trainer:shaped_experience", 4)],
     "train": [
-        ("engine.trainers.ppo_update:accumulate", 32),
-        ("engine.trainers.ppo_update:step_together", 16),
-        ("engine.distributed.moving_average:MovingAverage.update", 16),
+        ("engine.trainers.ppo_update:accumulate", 24),
+        ("engine.trainers.ppo_update:step_together", 12),
+        ("engine.distributed.moving_average:MovingAverage.update", 12),
     ],
     "save": [("engine.distributed.checkpoint:save_file", 4), ("engine.distributed.checkpoint:flush", 8)],
     "save, on rank 0": [

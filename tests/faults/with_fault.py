@@ -2,7 +2,7 @@
 
 On rank RANK (or `all`), at the CALL-th call of MODULE's FUNCTION (a method as `Class.method`), WHAT: a signal of this
 name is sent to the process itself just before it (`after-SIGKILL`: just after it); `full-disk` raises what a full disk
-does.
+does; `nan` makes the tensor it returns NaN; `empty` empties the lists it returns.
 """
 
 import errno
@@ -37,9 +37,13 @@ def spoil(module: str, function: str, call: int, what: str) -> None:
         now = calls == call
         if now and what == "full-disk":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if now and not what.startswith("after-"):
+        if now and what.startswith("SIG"):
             os.kill(os.getpid(), signal.Signals[what])
         result = real(*args, **kwargs)
+        if now and what == "nan":
+            return result * float("nan")
+        if now and what == "empty":
+            return type(result)(*([[] for _ in rows] for rows in result))
         if now and what.startswith("after-"):
             os.kill(os.getpid(), signal.Signals[what.removeprefix("after-")])
         return result
