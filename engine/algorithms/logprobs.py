@@ -92,7 +92,7 @@ def chunked_token_logprobs(
 def chunked_token_logprobs_and_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, *, temperature: float, chunk_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """chunked_token_logprobs, and the entropy of the distributions that the tokens are drawn from.
+    """chunked_token_logprobs, bit by bit, and the entropy of the distributions that the tokens are drawn from.
 
     Args:
         hidden, weight, bias, tokens, temperature, chunk_tokens: as for chunked_token_logprobs.
@@ -106,30 +106,6 @@ def chunked_token_logprobs_and_entropy(
     """
     _check_chunked(hidden, tokens, temperature, chunk_tokens)
     return _ChunkedTokenLogprobs.apply(hidden, weight, bias, tokens, temperature, chunk_tokens, True)
-
-
-@torch.no_grad()
-def chunked_token_statistics(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, *, temperature: float, chunk_tokens: int
-) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies, without gradient. The log-probs equal chunked_token_logprobs' bit by bit (same chunks).
-
-    Args:
-        hidden, weight, bias, tokens, temperature, chunk_tokens: as for chunked_token_logprobs.
-
-    Returns:
-        logprobs, entropy: (N,), nats, fp32 (fp64 for fp64 inputs).
-
-    Raises:
-        ValueError: shapes do not fit, temperature <= 0 or chunk_tokens < 1.
-    """
-    _check_chunked(hidden, tokens, temperature, chunk_tokens)
-    logprobs = _empty_per_token(hidden)
-    entropies = _empty_per_token(hidden)
-    for rows in _chunks(hidden, chunk_tokens):
-        logits, log_normaliser, logprobs[rows] = _chunk_logprobs(hidden[rows], weight, bias, tokens[rows], temperature)
-        entropies[rows] = _entropies_(logits, log_normaliser)
-    return logprobs, entropies
 
 
 @torch.no_grad()
@@ -256,14 +232,18 @@ class _ChunkedTokenLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         logprobs, log_normaliser = _empty_per_token(hidden), _empty_per_token(hidden)
         entropies = _empty_per_token(hidden if with_entropy else hidden[:0])
+        log_p = None
         for rows in _chunks(hidden, chunk_tokens):
-            logits, log_normaliser[rows], logprobs[rows] = _chunk_logprobs(
+            del log_p  # before the next one is made
+            log_p, log_normaliser[rows], logprobs[rows] = _chunk_logprobs(
                 hidden[rows], weight, bias, tokens[rows], temperature
             )
             if with_entropy:
-                entropies[rows] = _entropies_(logits, log_normaliser[rows])
+                entropies[rows] = _entropies(log_p)
         # The parameter and no view of it: ZeRO-3 empties and refills its .data, which only the saved leaf itself sees.
         ctx.save_for_backward(hidden, weight, bias, tokens, log_normaliser, entropies)
+        # A single chunk is kept for the backward pass, which overwrites it; of several each is computed again.
+        ctx.log_p = log_p if hidden.shape[0] <= chunk_tokens else None
         ctx.temperature, ctx.chunk_tokens, ctx.with_entropy = temperature, chunk_tokens, with_entropy
         return logprobs, entropies
 
@@ -271,9 +251,11 @@ class _ChunkedTokenLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, tokens, log_normaliser, entropies = ctx.saved_tensors
+        log_p, ctx.log_p = ctx.log_p, None
         sums = _ChunkGradients(hidden, weight, bias, ctx.needs_input_grad[:3], dtype=log_normaliser.dtype)
         for rows in _chunks(hidden, ctx.chunk_tokens):
-            log_p = _chunk_logits(hidden[rows], weight, bias, ctx.temperature).sub_(log_normaliser[rows, None])
+            if log_p is None:
+                log_p = _chunk_logits(hidden[rows], weight, bias, ctx.temperature).sub_(log_normaliser[rows, None])
             # d logprob / d logits = (onehot(token) - p) / temperature
             scale = (grad[rows] / ctx.temperature)[:, None]
             factor = -scale
@@ -283,6 +265,7 @@ class _ChunkedTokenLogprobs(torch.autograd.Function):
             grad_logits = log_p.exp_().mul_(factor)
             grad_logits.scatter_add_(1, tokens[rows, None], scale)
             sums.add(rows, grad_logits)
+            log_p = grad_logits = None  # before the next ones are made
         return *sums.gradients(), None, None, None, None
 
 
@@ -291,9 +274,10 @@ class _ChunkGradients:
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed, *, dtype: torch.dtype):
         needs_hidden, needs_weight, needs_bias = needed
-        self.inputs = hidden, weight, bias
+        self.inputs, self.dtype = (hidden, weight, bias), dtype
         self.hidden = torch.empty_like(hidden) if needs_hidden else None
-        self.weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
+        self.weight = torch.zeros_like(weight, dtype=dtype) if needs_weight and len(hidden) == 0 else None
+        self.needs_weight = needs_weight
         self.bias = torch.zeros_like(bias, dtype=dtype) if needs_bias else None
 
     def add(self, rows: slice, grad_logits: Tensor) -> None:
@@ -303,9 +287,11 @@ class _ChunkGradients:
         grad_logits = grad_logits.to(hidden.dtype)
         if self.hidden is not None:
             self.hidden[rows] = grad_logits @ weight
-        if self.weight is not None and self.weight.dtype == hidden.dtype:
+        if self.needs_weight and self.weight is None:  # the first chunk, and often the only one
+            self.weight = (grad_logits.t() @ hidden[rows]).to(self.dtype)
+        elif self.needs_weight and self.dtype == hidden.dtype:
             self.weight.addmm_(grad_logits.t(), hidden[rows])
-        elif self.weight is not None:
+        elif self.needs_weight:
             self.weight += grad_logits.t() @ hidden[rows]
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -317,20 +303,20 @@ class _ChunkGradients:
         )
 
 
-def _entropies_(logits: Tensor, log_normaliser: Tensor) -> Tensor:
-    """(n,) of softmax(logits); overwrites the logits."""
-    log_p = logits.sub_(log_normaliser[:, None])
+def _entropies(log_p: Tensor) -> Tensor:
+    """(n,) of distributions given by their logarithms (n, V)."""
     return log_p.exp().mul_(log_p).sum(-1).neg_()
 
 
 def _chunk_logprobs(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One chunk: logits / temperature (n, V), log-normaliser (n,), logprobs (n,). The only forward arithmetic, so that
-    log-probs at sampling time and in training agree bit by bit."""
+    """One chunk: log p of the whole vocabulary (n, V), log-normaliser (n,), logprobs (n,). The only forward arithmetic,
+    so that log-probs with and without gradient agree bit by bit."""
     logits = _chunk_logits(hidden, weight, bias, temperature)
     log_normaliser = logits.logsumexp(-1)
-    return logits, log_normaliser, logits.gather(1, tokens[:, None]).squeeze(1) - log_normaliser
+    logprobs = logits.gather(1, tokens[:, None]).squeeze(1) - log_normaliser
+    return logits.sub_(log_normaliser[:, None]), log_normaliser, logprobs
 
 
 def _chunk_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:

@@ -5,6 +5,7 @@ DeepSpeed 0.19's private names are used here: `optimizer.has_overflow`, and the 
 `tests/distributed/test_optimization.py` holds them.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -51,16 +52,22 @@ def _step(engine: DeepSpeedEngine) -> float:
     if stage_of(engine) > 0:
         engine.step()
         return float(engine.get_global_grad_norm())
-    norm = torch.nn.utils.get_total_norm(p.grad for p in engine.module.parameters() if p.grad is not None)
+    norm = _whole_norm(engine)
     engine.step()
-    return norm.item()
+    return norm
 
 
 def _gradients_are_finite(engine: DeepSpeedEngine) -> bool:
     if stage_of(engine) > 0:
         return not engine.optimizer.has_overflow()
-    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    return comm.all_true(all(gradient.isfinite().all().item() for gradient in gradients))
+    # One NaN or inf makes the norm one; asking every gradient takes ten times as long on a CPU.
+    return comm.all_true(math.isfinite(_whole_norm(engine)))
+
+
+def _whole_norm(engine: DeepSpeedEngine) -> float:
+    """Of the gradients of an engine at stage 0."""
+    gradients = (p.grad for p in engine.module.parameters() if p.grad is not None)
+    return torch.nn.utils.get_total_norm(gradients).item()
 
 
 def _discard_gradients(engine: DeepSpeedEngine) -> None:

@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from engine.algorithms.logprobs import (
     chunked_token_logprobs,
     chunked_token_logprobs_and_entropy,
-    chunked_token_statistics,
 )
 from engine.models.loading import load_pretrained
 
@@ -19,7 +18,7 @@ class TokenLogprobs(NamedTuple):
 
     logprobs: Tensor  # (N,) fp32
     hidden: Tensor  # (N, H) the states that predict the tokens
-    entropy: Tensor | None  # (N,) fp32, of the whole distributions; with gradients only where asked for
+    entropy: Tensor | None  # (N,) fp32, of the whole distributions; only where asked for
     values: Tensor | None = None  # (N,) fp32, of a shared trunk with a value head: V before the tokens
 
 
@@ -61,17 +60,14 @@ class LanguageModel(nn.Module):
             temperature: divides the logits.
             chunk_tokens: so many rows of logits exist at a time.
             position_ids: (1, S) where rows are packed into one; see `hidden_states`.
-            with_entropy: differentiable entropies as well; without gradients they are always there.
+            with_entropy: entropies as well.
         """
         hidden = hidden_states(self.model, input_ids, position_ids)[positions]
         weight, bias = self.head.weight, getattr(self.head, "bias", None)
         given = dict(temperature=temperature, chunk_tokens=chunk_tokens)
-        if torch.is_grad_enabled() and with_entropy:
-            logprobs, entropy = chunked_token_logprobs_and_entropy(hidden, weight, bias, targets, **given)
-            return TokenLogprobs(logprobs, hidden, entropy)
-        if torch.is_grad_enabled():
+        if not with_entropy:
             return TokenLogprobs(chunked_token_logprobs(hidden, weight, bias, targets, **given), hidden, None)
-        logprobs, entropy = chunked_token_statistics(hidden, weight, bias, targets, **given)
+        logprobs, entropy = chunked_token_logprobs_and_entropy(hidden, weight, bias, targets, **given)
         return TokenLogprobs(logprobs, hidden, entropy)
 
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from engine.algorithms.kl import full_kl
 from engine.algorithms.logprobs import (
@@ -14,7 +15,6 @@ from engine.algorithms.logprobs import (
     chunked_full_kl_sum,
     chunked_token_logprobs,
     chunked_token_logprobs_and_entropy,
-    chunked_token_statistics,
     entropy,
     token_logprobs,
 )
@@ -100,7 +100,8 @@ def test_chunked_equals_full(chunk_tokens, with_bias, seed, temperature):
     leaves = (hidden, weight, bias)
     for a, e in zip(gradients(actual, grad, *leaves), gradients(expected, grad, *leaves), strict=True):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
-    logprobs, entropies = chunked_token_statistics(hidden, weight, bias, tokens, **scalars)
+    with torch.no_grad():
+        logprobs, entropies = chunked_token_logprobs_and_entropy(hidden, weight, bias, tokens, **scalars)
     assert torch.equal(logprobs, actual)
     torch.testing.assert_close(entropies, entropy(logits, temperature=temperature), rtol=1e-5, atol=1e-5)
 
@@ -138,7 +139,7 @@ def test_nothing_larger_than_a_chunk_of_logits(dtype, chunk_tokens):
     scalars = {"temperature": 0.7, "chunk_tokens": chunk_tokens}
     with LargestFloat((vocabulary, width), (width, vocabulary)) as memory:
         chunked_token_logprobs(hidden, weight, bias, tokens, **scalars).sum().backward()
-        chunked_token_statistics(hidden, weight, bias, tokens, **scalars)
+        chunked_token_logprobs_and_entropy(hidden, weight, bias, tokens, **scalars)[1].sum().backward()
         chunked_full_kl(hidden, weight, bias, hidden, weight, bias, **scalars)
     assert memory.largest == chunk_tokens * vocabulary
     with LargestFloat((vocabulary, width), (width, vocabulary)) as memory:
@@ -227,21 +228,37 @@ def test_no_tokens():
     assert output.shape == (0,)
     for leaf, g in zip((hidden, weight, bias), gradients(output, grad, hidden, weight, bias), strict=True):
         assert torch.equal(g, torch.zeros_like(leaf))
-    for x in chunked_token_statistics(hidden, weight, bias, tokens, temperature=0.7, chunk_tokens=4):
-        assert x.shape == (0,) and not x.requires_grad
+    for x in chunked_token_logprobs_and_entropy(hidden, weight, bias, tokens, temperature=0.7, chunk_tokens=4):
+        assert x.shape == (0,)
     kl = chunked_full_kl(hidden, weight, bias, hidden, weight, bias, temperature=0.7, chunk_tokens=4)
     assert kl.shape == (0,)
 
 
-def test_statistics_carry_no_gradient():
-    hidden, weight, bias, tokens, _ = inputs()
-    for x in chunked_token_statistics(hidden, weight, bias, tokens, temperature=0.7, chunk_tokens=4):
-        assert not x.requires_grad
+@pytest.mark.parametrize(("chunk_tokens", "products"), [(64, 3), (32, 4)], ids=["one chunk", "two chunks"])
+def test_a_single_chunk_is_projected_to_the_vocabulary_once(chunk_tokens, products):
+    """Logits, gradient of the states, gradient of the weight; and logits again where no chunk could be kept."""
+    n, vocabulary, width = 64, 128, 16
+    hidden, weight = (torch.randn(rows, width, requires_grad=True) for rows in (n, vocabulary))
+    in_place = {torch.ops.aten.addmm_: lambda _, one, other, **__: 2 * one[0] * one[1] * other[1]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        chunked_token_logprobs(
+            hidden, weight, None, torch.zeros(n, dtype=torch.int64), temperature=1.0, chunk_tokens=chunk_tokens
+        ).sum().backward()
+    assert counter.get_total_flops() == products * 2 * n * vocabulary * width
+
+
+def test_a_second_backward_pass_finds_the_chunk_gone_and_makes_another():
+    hidden, weight, bias, tokens, grad = inputs()
+    logprobs = chunked_token_logprobs(hidden, weight, bias, tokens, temperature=0.7, chunk_tokens=N)
+    leaves = (hidden, weight, bias)
+    once, again = (torch.autograd.grad(logprobs, leaves, grad, retain_graph=True) for _ in range(2))
+    for one, other in zip(once, again, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
 def test_refusals():
     hidden, weight, bias, tokens, _ = inputs()
-    for function in (chunked_token_logprobs, chunked_token_statistics):
+    for function in (chunked_token_logprobs, chunked_token_logprobs_and_entropy):
         with pytest.raises(ValueError, match="tokens has shape"):
             function(hidden, weight, bias, tokens[1:], temperature=1.0, chunk_tokens=4)
         with pytest.raises(ValueError, match="hidden has shape"):

@@ -56,7 +56,8 @@ def loaded():
 def test_logprobs_are_those_of_the_models_own_logits(loaded, family, temperature):
     batch = rows()
     with torch.no_grad():
-        got = loaded[MODELS[family]](*padded_input(batch, PAD), temperature=temperature, chunk_tokens=5)
+        given = dict(temperature=temperature, chunk_tokens=5, with_entropy=True)
+        got = loaded[MODELS[family]](*padded_input(batch, PAD), **given)
     wanted = [oracle(MODELS[family], prompt, response, temperature) for prompt, response in batch]
     torch.testing.assert_close(got.logprobs, torch.cat([logprobs for logprobs, _ in wanted]), **CLOSE)
     torch.testing.assert_close(got.entropy, torch.cat([entropy for _, entropy in wanted]), atol=2e-5, rtol=0)
@@ -88,13 +89,13 @@ def test_nothing_of_the_row_that_follows_a_token_is_seen(loaded, family):
     assert not torch.allclose(one[6:], other[6:], atol=1e-3)
 
 
-def test_with_gradients_the_logprobs_are_the_same_and_no_entropy_is_made(loaded):
+def test_with_gradients_the_logprobs_are_the_same_and_no_entropy_is_made_unasked(loaded):
     model, given = loaded[GPT2], dict(temperature=0.7, chunk_tokens=5)
     with_gradients = model(*padded_input(rows(), PAD), **given)
     with torch.no_grad():
         without = model(*padded_input(rows(), PAD), **given)
     assert torch.equal(with_gradients.logprobs, without.logprobs)
-    assert with_gradients.entropy is None and with_gradients.logprobs.requires_grad
+    assert with_gradients.entropy is without.entropy is None and with_gradients.logprobs.requires_grad
 
 
 def test_no_response_tokens_at_all_still_reach_every_parameter(loaded):
