@@ -322,6 +322,13 @@ def test_derived_sizes():
     assert replace(run, rollout=RolloutConfig(micro_batch_size=2)).rollout_micro_batch_size == 2
 
 
+def test_a_pass_that_is_needed_all_the_same_is_not_saved():
+    drawn = dict(rollout=RolloutConfig(logprobs="drawn"))
+    config(**drawn)
+    with pytest.raises(ValueError, match=r"rollout\.logprobs=drawn saves a forward pass .* leave it out"):
+        config(**drawn, kl_estimator="full")
+
+
 def test_dtype_auto_follows_the_device():
     assert resolved_dtype("auto", on_gpu=True) == "bfloat16"
     assert resolved_dtype("auto", on_gpu=False) == "float32"

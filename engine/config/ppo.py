@@ -189,6 +189,14 @@ class PPOConfig:
         if self.policy_loss == "penalty" and self.penalty_coef == 0:
             raise ValueError("penalty_coef=0: policy_loss=penalty doubles or halves it, and it would stay 0.")
 
+        if self.rollout.logprobs == "drawn" and (
+            self.kl_estimator == "full" or (self.shared_trunk and self.has_critic)
+        ):
+            raise ValueError(
+                "rollout.logprobs=drawn saves a forward pass of the actor, which kl_estimator=full and a critic on a "
+                "shared trunk need all the same: leave it out."
+            )
+
     def _check_roles(self) -> None:
         """Refuse roles that cannot be built as they are described."""
         of_reward_model = (self.reward.zero_stage, self.reward.ds_config, self.reward.quantization)

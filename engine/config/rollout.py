@@ -17,6 +17,10 @@ class RolloutConfig:
         top_p, top_k: nucleus and top-k filters; 1.0 and 0 switch them off.
         samples_per_prompt: responses drawn for each prompt.
         micro_batch_size: responses decoded at the same time on one GPU; all of the rank's when not given.
+        logprobs: the actor's log-probabilities of its responses, which PPO's ratios and the KL to the ref are taken to:
+            `recomputed` in a forward pass over whole responses, as in training; or `drawn`, which the rollout comes
+            by, without that pass. The two differ by rounding: by some 1e-6 nats in float32, too much to train on in 16
+            bits.
         weights: under ZeRO-3, `gathered` holds the whole actor on every rank during the rollout (fast), `sharded`
             gathers every layer for every token, all ranks in step (slow, fits anywhere).
         environment: `module:class`, whose `reply(conversation)` answers the actor as the user, or ends the episode with
@@ -32,6 +36,7 @@ class RolloutConfig:
     top_k: int = 0
     samples_per_prompt: int = 1
     micro_batch_size: int | None = None
+    logprobs: Literal["recomputed", "drawn"] = "recomputed"
     weights: Literal["gathered", "sharded"] = "gathered"
     environment: str | None = None
     max_turns: int | None = None

@@ -15,6 +15,7 @@ between turns, the conversation so far is read anew; environments are asked one 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -35,13 +36,12 @@ class Episodes(NamedTuple):
     """One entry per prompt, in the prompts' order. Without an environment an episode is one response."""
 
     sequences: Sequences
-    responses: list[list[int]]  # the actor's own tokens, of all its turns
-    logprobs: list[list[float]]  # of these tokens when they were drawn
+    drawn: Responses  # the actor's own tokens, of all its turns
     conversations: list[Messages] | None  # with the prompt's messages; None without an environment
 
     @classmethod
     def of_one_turn(cls, prompts: PromptBatch, responses: Responses) -> "Episodes":
-        return cls(Sequences.of(prompts.tokens, responses.tokens), *responses, conversations=None)
+        return cls(Sequences.of(prompts.tokens, responses.tokens), responses, conversations=None)
 
 
 @dataclass(kw_only=True)
@@ -53,12 +53,12 @@ class Episode:
     conversation: Messages
     environment: Any
     parts: list[list[int]] = field(default_factory=list)  # token ids: the actor's turn, what followed it, its turn, ...
-    logprobs: list[float] = field(default_factory=list)
+    drawn: Responses = field(default_factory=lambda: Responses(*([] for _ in Responses._fields)))  # an entry per turn
 
     @property
     def turns(self) -> list[list[int]]:
         """The actor's."""
-        return self.parts[::2]
+        return self.drawn.tokens
 
     @property
     def num_tokens(self) -> int:
@@ -103,8 +103,8 @@ def played_episodes(
                 [limit - episode.num_tokens for episode in going_on],
             )
             with comm.same_error_everywhere():
-                for episode, turn, logprobs in zip(going_on, *drawn, strict=True):
-                    _say(episode, turn, logprobs, tokenizer)
+                for episode, *turn in zip(going_on, *drawn, strict=True):
+                    _say(episode, turn, tokenizer)
                 given = dict(tokenizer=tokenizer, eos_token_ids=sampler.eos_token_ids)
                 going_on = [
                     episode
@@ -113,8 +113,12 @@ def played_episodes(
                 ]
     return Episodes(
         sequences=Sequences.of_turns(prompts.tokens, [episode.parts for episode in episodes]),
-        responses=[[token for turn in episode.turns for token in turn] for episode in episodes],
-        logprobs=[episode.logprobs for episode in episodes],
+        drawn=Responses(
+            **{
+                name: [list(chain.from_iterable(getattr(episode.drawn, name))) for episode in episodes]
+                for name in Responses._fields
+            }
+        ),
         conversations=[episode.conversation for episode in episodes],
     )
 
@@ -128,11 +132,13 @@ def _opened(prompts: PromptBatch, row: int, key: Key, environment: type) -> Epis
     )
 
 
-def _say(episode: Episode, turn: list[int], logprobs: list[float], tokenizer: PreTrainedTokenizerBase) -> None:
-    """The actor's turn."""
-    episode.parts.append(turn)
-    episode.logprobs += logprobs
-    content = tokenizer.decode(turn, skip_special_tokens=True)
+def _say(episode: Episode, turn: Sequence[list], tokenizer: PreTrainedTokenizerBase) -> None:
+    """The actor's turn: an entry of each of `Responses`' lists."""
+    tokens, *_ = turn
+    episode.parts.append(tokens)
+    for kept, new in zip(episode.drawn, turn, strict=True):
+        kept.append(new)
+    content = tokenizer.decode(tokens, skip_special_tokens=True)
     episode.conversation.append({"role": "assistant", "content": content})
 
 

@@ -31,7 +31,7 @@ class Experience:
 
     sequences: Sequences
     scores: Tensor  # (B,) of whole responses, as the sources gave them
-    logprobs: Tensor  # (N,) under the actor before the iteration's first step, computed as in training
+    logprobs: Tensor  # (N,) under the actor before the iteration's first step
     behaviour_logprobs: Tensor  # (N,) of the distribution that the token was drawn from, filters applied
     ref_logprobs: Tensor  # (N,) under the ref
     kl: Tensor  # (N,) estimate of KL(actor || ref)

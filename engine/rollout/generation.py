@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import (
     LogitsProcessorList,
-    TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
@@ -57,10 +56,14 @@ def noise_of_rows(keys: Sequence[tuple[int, ...]], length: int) -> Tensor:
 
 
 class Responses(NamedTuple):
-    """One entry per prompt, in the prompts' order."""
+    """One entry per prompt, in the prompts' order, with one number for every token. Log-probabilities and entropies are
+    in nats, those of the moment of drawing.
+    """
 
     tokens: list[list[int]]  # up to and including the first end-of-sequence token
-    logprobs: list[list[float]]  # of these tokens when they were drawn, filters and temperature applied; nats
+    behaviour_logprobs: list[list[float]]  # of the distribution the token was drawn from, filters applied
+    logprobs: list[list[float]]  # under the model, temperature applied and no filter
+    entropy: list[list[float]]  # of the model's distribution, as in `logprobs`
 
 
 def generate_responses(
@@ -92,14 +95,19 @@ def sampled_responses(
         limits: (rows,) tokens that each response may have at most, from 1; max_response_tokens when not given.
         any_rank_active: a collective that says whether some rank still decodes. Without it ranks are independent.
     """
-    responses = Responses([[] for _ in prompts], [[] for _ in prompts])
+    responses = Responses(*([[] for _ in prompts] for _ in Responses._fields))
     limits = [sampling.max_response_tokens] * len(prompts) if limits is None else limits
     device = next(model.parameters()).device
     # Neighbours in length share a micro-batch: less left padding.
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     batches = [order[start : start + micro_batch_size] for start in range(0, len(order), micro_batch_size)]
+    given = dict(sampling=sampling, eos_token_ids=eos_token_ids, device=device)
     for rows in batches:
-        _decode(model, prompts, noise, rows, limits, responses, sampling, eos_token_ids, device, any_rank_active)
+        asked = _Asked([prompts[row] for row in rows], noise[rows], [limits[row] for row in rows])
+        found = _decoded(model, asked, any_rank_active=any_rank_active, **given)
+        for of_all, of_these in zip(responses, found, strict=True):
+            for row, numbers in zip(rows, of_these, strict=True):
+                of_all[row] = numbers
     while any_rank_active is not None and any_rank_active(False):
         _idle_step(model, device)
     return responses
@@ -114,83 +122,138 @@ def eos_token_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     return sorted({token for token in (tokenizer.eos_token_id, *more) if token is not None})
 
 
-def _decode(model, prompts, noise, rows, limits, responses, sampling, eos_token_ids, device, any_rank_active) -> None:
-    width = max(len(prompts[row]) for row in rows)
-    limit = torch.tensor([limits[row] for row in rows], device=device)
-    longest = max(limits[row] for row in rows)
-    input_ids = torch.zeros(len(rows), width, dtype=torch.int64)
-    mask = torch.zeros(len(rows), width + longest, dtype=torch.bool)
-    for line, row in enumerate(rows):
-        input_ids[line, width - len(prompts[row]) :] = torch.tensor(prompts[row])
-        mask[line, width - len(prompts[row]) :] = True  # response columns included: they are filled before being read
-    input_ids, mask = input_ids.to(device), mask.to(device)
-    position_ids = (mask[:, :width].cumsum(1) - 1).clamp(min=0)
-    uniform = noise[rows].to(device)
-    warp = _warpers(sampling)
+class _Asked(NamedTuple):
+    """Rows that are decoded together."""
+
+    prompts: list[Sequence[int]]
+    noise: Tensor
+    limits: list[int]
+
+
+def _decoded(
+    model: PreTrainedModel,
+    asked: _Asked,
+    *,
+    sampling: Sampling,
+    eos_token_ids: Sequence[int],
+    device: torch.device,
+    any_rank_active: Callable[[bool], bool] | None,
+) -> Responses:
+    count, longest = len(asked.prompts), max(asked.limits)
+    limit, uniform = torch.tensor(asked.limits, device=device), asked.noise.to(device)
+    filters = _filters(sampling)
     eos = torch.tensor(sorted(eos_token_ids), dtype=torch.int64, device=device)
-    cache = preallocated_cache(model.config, width + longest)
-    alive = list(rows)
-    for step in range(longest):
+    drawn = [torch.zeros(count, longest, device=device) for _ in Responses._fields]
+    drawn[0] = drawn[0].long()
+    alive, lengths = torch.arange(count, device=device), torch.zeros(count, dtype=torch.int64, device=device)
+
+    def answer(input_ids: Tensor, mask: Tensor, position_ids: Tensor, cache: DynamicCache) -> Tensor:
         if any_rank_active is not None:
             any_rank_active(True)
-        logits = (
-            model(
-                input_ids=input_ids,
-                attention_mask=mask[:, : width + step],
-                position_ids=position_ids,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            .logits[:, -1]
-            .float()
-        )
-        if sampling.vocabulary_size is not None:
-            logits[:, sampling.vocabulary_size :] = -torch.inf
-        if step < sampling.min_response_tokens:
-            logits[:, eos] = -torch.inf
-        tokens, logprobs = _draw(logits, uniform[:, step], sampling, warp)
-        for row, token, logprob in zip(alive, tokens.tolist(), logprobs.tolist(), strict=True):
-            responses.tokens[row].append(token)
-            responses.logprobs[row].append(logprob)
+        given = dict(attention_mask=mask, position_ids=position_ids, past_key_values=cache)
+        return model(input_ids=input_ids, use_cache=True, logits_to_keep=1, **given).logits[:, -1].float()
+
+    logits, mask, cache = _prefilled(model, asked.prompts, longest, answer, device)
+    position_ids, width = mask.sum(1, keepdim=True) - longest, mask.shape[1] - longest
+    for step in range(longest):
+        never = eos if step < sampling.min_response_tokens else None
+        new = _draw(logits, uniform[:, step], sampling, filters, never)
+        for column, numbers in zip(drawn, new, strict=True):
+            column[alive, step] = numbers
+        lengths[alive] += 1
+        tokens = new.tokens
         going_on = ~torch.isin(tokens, eos) & (step + 1 < limit)
         if not going_on.all():
             keep = going_on.nonzero().squeeze(-1)
             if len(keep) == 0:
-                return
-            alive = [alive[line] for line in keep.tolist()]
+                break
+            alive, limit = alive[keep], limit[keep]
             cache.batch_select_indices(keep)
             tokens, mask, uniform, position_ids = tokens[keep], mask[keep], uniform[keep], position_ids[keep]
-            limit = limit[keep]
-        input_ids, position_ids = tokens[:, None], position_ids[:, -1:] + 1
+        logits = answer(tokens[:, None], mask[:, : width + step + 1], position_ids, cache)
+        position_ids = position_ids + 1
+    columns = (column.tolist() for column in drawn)
+    ends = lengths.tolist()
+    return Responses(*([row[:end] for row, end in zip(column, ends, strict=True)] for column in columns))
 
 
-def _warpers(sampling: Sampling) -> LogitsProcessorList:
-    warp = LogitsProcessorList()
-    if sampling.temperature not in (0.0, 1.0):
-        warp.append(TemperatureLogitsWarper(sampling.temperature))
+def _prefilled(
+    model: PreTrainedModel, prompts: list[Sequence[int]], room: int, answer: Callable[..., Tensor], device: torch.device
+) -> tuple[Tensor, Tensor, DynamicCache]:
+    """The prompts, read.
+
+    Args:
+        room: columns to leave for responses.
+
+    Returns:
+        logits (b, V) after the prompts; the mask (b, widest + room), left-padded, response columns included: they are
+        filled before being read; the cache.
+    """
+    sizes = [len(prompt) for prompt in prompts]
+    widest = max(sizes)
+    mask = torch.arange(widest + room) >= widest - torch.tensor(sizes)[:, None]
+    input_ids = torch.zeros(len(prompts), widest, dtype=torch.int64)
+    for line, prompt in enumerate(prompts):
+        input_ids[line, widest - len(prompt) :] = torch.as_tensor(prompt)
+    input_ids, mask = input_ids.to(device), mask.to(device)
+    position_ids = (mask[:, :widest].cumsum(1) - 1).clamp(min=0)
+    cache = preallocated_cache(model.config, widest + room)
+    return answer(input_ids, mask[:, :widest], position_ids, cache), mask, cache
+
+
+def _filters(sampling: Sampling) -> LogitsProcessorList:
+    filters = LogitsProcessorList()
     if sampling.top_k > 0:
-        warp.append(TopKLogitsWarper(sampling.top_k))
+        filters.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1.0:
-        warp.append(TopPLogitsWarper(sampling.top_p))
-    return warp
+        filters.append(TopPLogitsWarper(sampling.top_p))
+    return filters
 
 
-def _draw(logits: Tensor, uniform: Tensor, sampling: Sampling, warp: LogitsProcessorList) -> tuple[Tensor, Tensor]:
-    """(b,) tokens by inversion, the first whose cumulative probability exceeds the noise; (b,) their log-probabilities.
+class Draw(NamedTuple):
+    """(b,) each, named as in `Responses`."""
+
+    tokens: Tensor
+    behaviour_logprobs: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+
+
+def _draw(
+    logits: Tensor, uniform: Tensor, sampling: Sampling, filters: LogitsProcessorList, never: Tensor | None = None
+) -> Draw:
+    """Tokens by inversion, each the first whose cumulative probability exceeds the noise.
 
     One number per token keys the draw, where torch.multinomial would take as many as the batch has rows. In fp64, since
     an fp32 running sum over a large vocabulary is off by more than a rare token's probability.
+
+    Args:
+        logits: (b, V) fp32.
+        never: ids that may not be drawn this time.
     """
+    vocabulary = sampling.vocabulary_size or logits.shape[-1]
+    possible = logits if sampling.temperature in (0.0, 1.0) else logits / sampling.temperature
+    scaled = possible
+    if vocabulary < logits.shape[-1] or never is not None:
+        possible = scaled.clone()
+        possible[:, vocabulary:] = -torch.inf
+        if never is not None:
+            possible[:, never] = -torch.inf
     if sampling.temperature == 0:
-        return logits.argmax(-1), logits.new_zeros(len(logits))
-    logprobs = warp(None, logits).log_softmax(-1)
-    cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
+        nothing = logits.new_zeros(len(logits))
+        return Draw(possible.argmax(-1), nothing, nothing, nothing)
+    own = behaviour = scaled.log_softmax(-1)
+    own_probabilities = probabilities = own.exp()
+    if possible is not scaled or len(filters) > 0:
+        behaviour = filters(None, possible).log_softmax(-1)
+        probabilities = behaviour.exp()
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     threshold = uniform[:, None] * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
     # Past the end only if the logits are not finite: the step is then skipped on all ranks, if all ranks get there.
-    tokens = tokens.clamp(max=(sampling.vocabulary_size or logits.shape[-1]) - 1)
-    return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1)
+    tokens = tokens.clamp(max=vocabulary - 1)
+    of_tokens = (of_all.gather(-1, tokens[:, None]).squeeze(-1) for of_all in (behaviour, own))
+    return Draw(tokens, *of_tokens, entropy=-(own_probabilities * own).sum(-1))
 
 
 def _idle_step(model: PreTrainedModel, device: torch.device) -> None:

@@ -6,6 +6,7 @@ one rank is thereby NaN on all.
 
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from engine.distributed import comm
 from engine.distributed.gather import gathered
 from engine.distributed.initialize import Engine, Switched
 from engine.distributed.micro_batches import my_micro_batches, one_number_per_row
+from engine.rollout.generation import Responses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +38,20 @@ class Measurements:
         return Measurements(**{name: tensor if tensor is None else tensor[tokens] for name, tensor in named})
 
 
+class Drawn(NamedTuple):
+    """(N,) fp32 on the CPU each: what the rollout says of its tokens, of all ranks. As in `Responses`."""
+
+    behaviour_logprobs: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+
+
 @torch.no_grad()
 def measure(
     sequences: Sequences,
-    behaviour_logprobs: Tensor | None,
+    drawn: Drawn | None,
     *,
+    recomputed: bool,
     actor: Engine,
     ref: Engine | Switched,
     critic: Engine | None,
@@ -52,35 +63,37 @@ def measure(
     """Log-probs, KL and values of all responses. A collective.
 
     Args:
+        drawn: from the rollout; None where nobody knows: the tokens then count as drawn by the actor's own
+            distribution.
+        recomputed: the actor's log-probabilities and entropies come from a forward pass of its own and not from
+            `drawn`. The full KL, and values from the actor's own head, need one.
         critic: None where advantages need no values, or where the actor has a value head.
-        behaviour_logprobs: (N,) what the tokens were drawn with; from the rollout, handed through. The actor's own
-            where nobody knows.
     """
     for engine in filter(None, (actor, ref, critic)):
         engine.eval()
-    has_values = critic is not None or actor.module.has_value_head
-    names = ("logprobs", "ref_logprobs", "kl", "entropy", *(("values",) if has_values else ()))
+    recomputed = recomputed or drawn is None
+    of_actor = ("logprobs", "entropy") if recomputed else ()
+    of_critic = ("values",) if critic is not None or actor.module.has_value_head else ()
+    names = ("ref_logprobs", *of_actor, *of_critic, *(("kl",) if kl_estimator == "full" else ()))
     mine = {name: torch.zeros(sequences.num_response_tokens, device=comm.device()) for name in names}
     given = dict(temperature=temperature, chunk_tokens=chunk_tokens)
     for batch in my_micro_batches(sequences, token_budget=token_budget):
-        at = batch.response_tokens
-        ours = actor(batch.input_ids, batch.positions, batch.targets, **given)
-        theirs = ref(batch.input_ids, batch.positions, batch.targets, **given)
-        mine["logprobs"][at], mine["ref_logprobs"][at], mine["entropy"][at] = (
-            ours.logprobs,
-            theirs.logprobs,
-            ours.entropy,
-        )
+        asked, at = (batch.input_ids, batch.positions, batch.targets), batch.response_tokens
+        theirs = ref(*asked, **given)
+        mine["ref_logprobs"][at] = theirs.logprobs
+        if recomputed:
+            ours = actor(*asked, with_entropy=True, **given)
+            mine["logprobs"][at], mine["entropy"][at] = ours.logprobs, ours.entropy
         if kl_estimator == "full":
             mine["kl"][at] = _full_kl(actor, ref, ours.hidden, theirs.hidden, given)
-        else:
-            mine["kl"][at] = sampled_kl(ours.logprobs, theirs.logprobs, estimator=kl_estimator)
-        if has_values:
+        if of_critic:
             mine["values"][at] = ours.values if critic is None else critic(batch.input_ids, batch.positions)
     together = comm.sum_over_ranks(torch.stack([mine[name] for name in names])).cpu()
-    found = dict(zip(names, together, strict=True))
-    drawn_with = found["logprobs"] if behaviour_logprobs is None else behaviour_logprobs
-    return Measurements(**{"behaviour_logprobs": drawn_with, "values": None} | found)
+    found = ({} if drawn is None else drawn._asdict()) | dict(zip(names, together, strict=True))
+    found.setdefault("behaviour_logprobs", found["logprobs"])
+    if kl_estimator != "full":
+        found["kl"] = sampled_kl(found["logprobs"], found["ref_logprobs"], estimator=kl_estimator)
+    return Measurements(**{"values": None} | found)
 
 
 def reward_model_scores(sequences: Sequences, reward: Engine | Switched, *, token_budget: int) -> Tensor:
@@ -92,10 +105,11 @@ def reward_model_scores(sequences: Sequences, reward: Engine | Switched, *, toke
         )
 
 
-def per_token_of_all_ranks(mine: list[list[float]]) -> Tensor:
-    """(N,) fp32 on the CPU: the ranks' numbers of their response tokens, rank 0's first. A collective."""
-    flat = torch.tensor([number for row in mine for number in row], dtype=torch.float32, device=comm.device())
-    return comm.concatenated(flat).cpu()
+def drawn_on_all_ranks(mine: Responses) -> Drawn:
+    """What the ranks' rollouts say of their tokens, rank 0's first. A collective."""
+    flat = [[number for row in getattr(mine, name) for number in row] for name in Drawn._fields]
+    numbers = torch.tensor(flat, dtype=torch.float32, device=comm.device()).view(len(Drawn._fields), -1)
+    return Drawn(*comm.concatenated(numbers.t().contiguous()).cpu().unbind(1))
 
 
 def sequences_of_all_ranks(mine: Sequences) -> Sequences:

@@ -27,7 +27,7 @@ from engine.rollout.environments import load_environment
 from engine.rollout.episodes import Episodes, played_episodes
 from engine.rollout.experience import Experience, shaped_experience
 from engine.rollout.generation import Responses, eos_token_ids_of
-from engine.rollout.measuring import measure, per_token_of_all_ranks, sequences_of_all_ranks
+from engine.rollout.measuring import Drawn, drawn_on_all_ranks, measure, sequences_of_all_ranks
 from engine.rollout.sampler import Sampler
 from engine.rollout.scoring import Scored, Scoring
 from engine.tracking import Tracker
@@ -165,10 +165,10 @@ class DeepSpeedPPOTrainer:
         with self._timed("generate"):
             episodes = self.episodes(prompts)
             sequences = sequences_of_all_ranks(episodes.sequences)
-            behaviour_logprobs = per_token_of_all_ranks(episodes.logprobs)
+            drawn = drawn_on_all_ranks(episodes.drawn)
         with self._timed("score"):
-            scored = self.scoring.scores(prompts, episodes.responses, sequences, episodes.conversations)
-            experience = self._experience(sequences, behaviour_logprobs, scored)
+            scored = self.scoring.scores(prompts, episodes.drawn.tokens, sequences, episodes.conversations)
+            experience = self._experience(sequences, drawn, scored)
         self.samples = self._samples(prompts, episodes, experience)
         self._quarantine(experience, experience.broken_rows, "a score or a measurement is not finite")
         return experience
@@ -229,11 +229,12 @@ class DeepSpeedPPOTrainer:
         self.seconds.setdefault("generate", 0.0)
         return self.metrics(experience)
 
-    def _experience(self, sequences: Sequences, behaviour_logprobs: Tensor | None, scored: Scored) -> Experience:
+    def _experience(self, sequences: Sequences, drawn: Drawn | None, scored: Scored) -> Experience:
         """All that PPO needs to train on these responses, of all ranks; moves the KL controller on. A collective."""
         measured = measure(
             sequences,
-            behaviour_logprobs,
+            drawn,
+            recomputed=self.config.rollout.logprobs == "recomputed",
             actor=self.actor,
             ref=self.ref,
             critic=self.critic,
@@ -408,7 +409,7 @@ class DeepSpeedPPOTrainer:
     def _samples(self, prompts: PromptBatch, episodes: Episodes, experience: Experience) -> list[dict[str, Any]]:
         """A few of rank 0's rows, which come first in the experience."""
         few = min(self.config.tracking.samples_per_iteration, len(prompts)) if comm.is_main() else 0
-        _, responses, _, conversations = episodes
+        responses, conversations = episodes.drawn.tokens, episodes.conversations
         first = (each and each[:few] for each in (prompts.prompts, responses, conversations))
         texts = self.scoring.texts_of_episodes(*first)
         rows = sample_rows(experience, prompts.texts, responses, texts, conversations)

@@ -418,7 +418,7 @@ def scores_by_text(config):
     trainer.episodes = keep
     experience = trainer.generate_experience(next(iter(prompts)))
     wanted = []
-    for conversation, response in zip(kept[0].conversations, kept[0].responses, strict=True):
+    for conversation, response in zip(kept[0].conversations, kept[0].drawn.tokens, strict=True):
         text = "".join(f"[{turn['role']}]{turn['content']}<eos>" for turn in conversation)
         if response[-1] not in trainer.eos_token_ids:
             text = text.removesuffix("<eos>")

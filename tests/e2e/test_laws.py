@@ -92,6 +92,19 @@ def test_ratio_is_one_while_nothing_is_learnt(run_ranks, ppo_config, model):
         assert metrics["policy/clip_fraction"] == metrics["value/clip_fraction"] == 0
 
 
+@pytest.mark.parametrize("kind", [0, "strict"])
+@pytest.mark.parametrize("filters", [{}, dict(rollout__top_p=0.8, rollout__min_response_tokens=3)], ids=["", "filters"])
+def test_logprobs_from_the_rollout_are_those_of_a_pass_of_their_own(run_ranks, ppo_config, tmp_path, kind, filters):
+    """But for rounding: a run takes one number or the other, as `rollout.logprobs` says."""
+    given = dict(rollout__temperature=0.7, **filters, **tiny.sharding(kind, tmp_path))
+    drawn, recomputed = (
+        run_ranks(train, ppo_config(rollout__logprobs=source, **given))[0]["metrics"]
+        for source in ("drawn", "recomputed")
+    )
+    assert 0 < furthest(drawn, recomputed) < 1e-3
+    assert all(0 < metrics["policy/first_log_ratio_max"] < 1e-5 for metrics in drawn)
+
+
 def start(config):
     trainer, _ = build(config)
     return weights(trainer.critic), [engine.optimizer.__class__.__name__ for engine in (trainer.ref, trainer.reward)]

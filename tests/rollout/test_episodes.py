@@ -54,7 +54,8 @@ def play(monkeypatch):
             for ids, room in zip(asked, limits, strict=True):
                 text = left[ids[0] - 2].pop(0)
                 said.append([*TOKENIZER(text)["input_ids"], EOS][:room])
-            return Responses(said, [[-float(len(turn))] * len(turn) for turn in said])
+            numbers = [[-float(len(turn))] * len(turn) for turn in said]
+            return Responses(said, numbers, numbers, [[0.5] * len(turn) for turn in said])
 
         @contextmanager
         def drawing():
@@ -109,8 +110,9 @@ def test_the_environment_ends_each_episode_in_its_own_turn(play):
     assert texts(found, 1) == ["p1", "b", "ok", "cd"]
     assert texts(found, 2) == ["p2", "e", "ok", "f", "ok", "g"]
     assert whole(found, 1) == "b<eos>\nuser: ok<eos>\nassistant: cd<eos>"
-    assert [TOKENIZER.decode(ids) for ids in found.responses] == ["a<eos>", "b<eos>cd<eos>", "e<eos>f<eos>g<eos>"]
-    assert found.logprobs[1] == [-2.0] * 2 + [-3.0] * 3
+    assert [TOKENIZER.decode(ids) for ids in found.drawn.tokens] == ["a<eos>", "b<eos>cd<eos>", "e<eos>f<eos>g<eos>"]
+    assert found.drawn.logprobs[1] == found.drawn.behaviour_logprobs[1] == [-2.0] * 2 + [-3.0] * 3
+    assert found.drawn.entropy[2] == [0.5] * 6
     assert found.sequences.gaps.tolist() == [0, 0, 0, 0, BETWEEN + 2, 0, 0, 0, 0, *[BETWEEN + 2, 0] * 2]
     assert [len(call["asked"]) for call in calls] == [3, 2, 1]
     assert (
@@ -161,7 +163,7 @@ def test_the_prompts_messages_stay_as_they_are(play):
 
 def test_no_prompts(play):
     found, calls = play(Forever)
-    assert (found.responses, found.conversations, calls) == ([], [], []) and len(found.sequences) == 0
+    assert (*found.drawn, found.conversations, calls) == ([], [], [], [], [], []) and len(found.sequences) == 0
 
 
 def test_a_reply_that_is_not_unicode_is_the_environments_fault(play):

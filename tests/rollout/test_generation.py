@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from itertools import chain
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,16 @@ from engine.data.sequences import Sequences
 from engine.models.language_model import load_language_model
 from engine.models.random_init import byte_tokenizer
 from engine.rollout import generation
-from engine.rollout.generation import Sampling, _draw, _warpers, eos_token_ids_of, generate_responses, noise_of_rows
+from engine.rollout.generation import (
+    Responses,
+    Sampling,
+    _draw,
+    _filters,
+    eos_token_ids_of,
+    generate_responses,
+    noise_of_rows,
+    sampled_responses,
+)
 from engine.rollout.kv_cache import PreallocatedLayer, preallocated_cache
 
 _WINDOWED = "num_key_value_heads=2&hidden_size=32&intermediate_size=64&num_hidden_layers=2&num_attention_heads=4"
@@ -47,12 +57,16 @@ def loaded():
     return models
 
 
-def generate(model, asked, *, seed=0, eos=(EOS,), micro_batch_size=100, noise=None, limits=None, **sampling):
+def generate(model, asked, **given):
+    return sample(model, asked, **given).tokens
+
+
+def sample(model, asked, *, seed=0, eos=(EOS,), micro_batch_size=100, noise=None, limits=None, **sampling):
     sampling = Sampling(**dict(max_response_tokens=16) | sampling)
     if noise is None:
         noise = noise_of_rows([(seed, row) for row in range(len(asked))], sampling.max_response_tokens)
     given = dict(sampling=sampling, eos_token_ids=eos, micro_batch_size=micro_batch_size, limits=limits)
-    return generate_responses(model.model, asked, noise, **given)
+    return sampled_responses(model.model, asked, noise, **given)
 
 
 def plain_generate(model, prompt, eos, max_new_tokens) -> list[int]:
@@ -266,7 +280,7 @@ GRID = 200_000
 def drawn(logits, uniform, **sampling) -> torch.Tensor:
     sampling = Sampling(max_response_tokens=1, **sampling)
     rows = torch.tensor(logits, dtype=torch.float32).expand(len(uniform), -1)
-    return _draw(rows, uniform, sampling, _warpers(sampling))[0]
+    return _draw(rows, uniform, sampling, _filters(sampling))[0]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
@@ -318,7 +332,7 @@ def test_the_largest_noise_draws_a_token_of_the_vocabulary(vocabulary):
     logits[4:, -vocabulary // 3 :] = -math.inf
     for u in (0.0, 1 - 2.0**-53):
         uniform = torch.full((8,), u, dtype=torch.float64)
-        tokens = _draw(logits, uniform, Sampling(max_response_tokens=1), _warpers(Sampling(max_response_tokens=1)))[0]
+        tokens = _draw(logits, uniform, Sampling(max_response_tokens=1), _filters(Sampling(max_response_tokens=1)))[0]
         assert (tokens >= 0).all() and (tokens < vocabulary).all()
         assert logits[torch.arange(8), tokens].isfinite().all()
 
@@ -348,7 +362,7 @@ def test_rare_tokens_are_told_apart():
     logits = torch.tensor([math.log(head / 1e-8)] + [0.0] * tail)
     uniform = head + 1e-8 * (torch.arange(tail, dtype=torch.float64) + 0.5)
     sampling = Sampling(max_response_tokens=1)
-    tokens = [_draw(logits.expand(len(u), -1), u, sampling, _warpers(sampling))[0] for u in uniform.split(500)]
+    tokens = [_draw(logits.expand(len(u), -1), u, sampling, _filters(sampling))[0] for u in uniform.split(500)]
     assert len(set(torch.cat(tokens).tolist())) > 0.95 * tail
 
 
@@ -407,7 +421,8 @@ def test_logprobs_while_sampling_are_those_of_the_update(loaded, family):
     """What a token was drawn with, left-padded and from the cache, is what the right-padded forward pass says."""
     model, temperature = loaded[family], 0.7
     with Passes(model.model) as passes:
-        responses = generate(model, prompts(), eos=MANY_EOS, temperature=temperature)
+        found = sample(model, prompts(), eos=MANY_EOS, temperature=temperature)
+    responses = found.tokens
     order = sorted(range(8), key=lambda row: len(prompts()[row]))
     sampled = [[] for _ in range(8)]
     for step, logits in enumerate(passes.logits):
@@ -416,10 +431,34 @@ def test_logprobs_while_sampling_are_those_of_the_update(loaded, family):
         for line, row in enumerate(alive):
             sampled[row].append(log_p[line, responses[row][step]].item())
     batch = Sequences.of(prompts(), responses).padded(torch.arange(8), torch.device("cpu"))
-    updated = model(batch.input_ids, batch.positions, batch.targets, temperature=temperature, chunk_tokens=7).logprobs
+    given = dict(temperature=temperature, chunk_tokens=7, with_entropy=True)
+    with torch.no_grad():
+        updated = model(batch.input_ids, batch.positions, batch.targets, **given)
     wanted = torch.tensor([logprob for row in sampled for logprob in row])
     assert wanted.std() > 0.5
-    torch.testing.assert_close(updated.detach(), wanted, atol=1e-4, rtol=0)
+    torch.testing.assert_close(updated.logprobs, wanted, atol=1e-4, rtol=0)
+    handed_out = {name: torch.tensor(list(chain(*getattr(found, name)))) for name in Responses._fields[1:]}
+    torch.testing.assert_close(handed_out["logprobs"], wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(handed_out["behaviour_logprobs"], wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(handed_out["entropy"], updated.entropy, atol=1e-4, rtol=0)
+
+
+def test_filters_change_what_a_token_was_drawn_with_and_not_what_the_model_says_of_it():
+    """0.5 + 0.25 reach top_p; the end of the sequence, the second likeliest, may not come yet."""
+    logits = torch.tensor([[0.125, 0.5, 0.125, 0.25]]).log().expand(2, -1)
+    uniform = torch.tensor([0.1, 0.9], dtype=torch.float64)
+    nucleus = Sampling(max_response_tokens=1, top_p=0.7)
+    found = _draw(logits, uniform, nucleus, _filters(nucleus))
+    assert found.tokens.tolist() == [1, 3]
+    assert found.behaviour_logprobs.exp().tolist() == pytest.approx([2 / 3, 1 / 3])
+    assert found.logprobs.exp().tolist() == pytest.approx([0.5, 0.25])
+    assert found.entropy.tolist() == pytest.approx([1.75 * math.log(2)] * 2)
+    plain = Sampling(max_response_tokens=1)
+    found = _draw(logits, uniform, plain, _filters(plain), never=torch.tensor([3]))
+    assert found.tokens.tolist() == [0, 2]
+    assert found.behaviour_logprobs.exp().tolist() == pytest.approx([1 / 6, 1 / 6])
+    assert found.logprobs.exp().tolist() == pytest.approx([0.125, 0.125])
+    assert logits.exp().tolist() == [[0.125, 0.5, 0.125, 0.25]] * 2
 
 
 # Under ZeRO-3, where ranks decode in step

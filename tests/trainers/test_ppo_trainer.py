@@ -13,6 +13,7 @@ import torch
 
 from engine.algorithms.rewards import Moments
 from engine.data.sequences import Sequences
+from engine.distributed import comm
 from engine.rollout.generation import Responses
 from engine.rollout.scoring import Scored
 from engine.trainers.ppo_trainer import DeepSpeedPPOTrainer
@@ -68,12 +69,13 @@ def test_every_epoch_of_every_iteration_goes_through_the_responses_in_an_order_o
 # For those who hold the loop
 
 
-def test_a_loop_of_ones_own_draws_with_another_seeds_and_another_iterations_noise(tmp_path):
+def test_a_loop_of_ones_own_draws_with_another_seeds_and_another_iterations_noise(tmp_path, monkeypatch):
+    monkeypatch.setattr(comm, "gathered_objects", lambda value: [value])  # one rank, without a process group
     drawn = []
 
     def responses(prompts, keys):
         drawn.extend(keys)
-        return Responses([[EOS]] * len(prompts), [[0.0]] * len(prompts))
+        return Responses([[EOS]] * len(prompts), *([[0.0]] * len(prompts) for _ in range(3)))
 
     for seed in (0, 1):
         trainer = SimpleNamespace(
