@@ -10,6 +10,7 @@ with a collective.
 
 import argparse
 import json
+import statistics
 import tempfile
 import time
 from dataclasses import dataclass
@@ -18,7 +19,16 @@ from pathlib import Path
 import torch
 from workload import ModelFolders, Workload, as_text, prompts, read_workload
 
-from engine.config import DataConfig, PPOConfig, RewardConfig, RolloutConfig, TrackingConfig, TrainedRoleConfig
+from engine.config import (
+    CriticConfig,
+    DataConfig,
+    PPOConfig,
+    RewardConfig,
+    RolloutConfig,
+    SteadyLoRAConfig,
+    TrackingConfig,
+    TrainedRoleConfig,
+)
 from engine.data import PromptBatch
 from engine.distributed import comm
 from engine.models.loading import load_tokenizer
@@ -40,19 +50,31 @@ class Timing:
 
 
 def ppo_config(
-    folder: Path, workload: Workload, *, zero_stage: int, micro_batch_size: int, seed: int, output_dir: str
+    folder: Path,
+    workload: Workload,
+    *,
+    zero_stage: int,
+    micro_batch_size: int,
+    seed: int,
+    output_dir: str,
+    shared_trunk: bool = False,
 ) -> PPOConfig:
-    """One optimizer step per iteration on all responses; TRL's learning rate and KL coefficient."""
+    """One optimizer step per iteration on all responses; TRL's learning rate, KL coefficient, and log-probs of the
+    rollout's own (a shared trunk's come with its values).
+    """
     models = ModelFolders.under(folder)
+    lora = SteadyLoRAConfig(r=8) if shared_trunk else None
     return PPOConfig(
-        actor=TrainedRoleConfig(model_name_or_path=str(models.actor), learning_rate=3e-6),
-        critic=TrainedRoleConfig(learning_rate=3e-6),
-        reward=RewardConfig(model_name_or_path=str(models.critic)),
+        actor=TrainedRoleConfig(model_name_or_path=str(models.actor), learning_rate=3e-6, lora=lora),
+        critic=CriticConfig(learning_rate=3e-6),
+        reward=RewardConfig(model_name_or_path=str(models.reward_adapter if shared_trunk else models.critic)),
+        shared_trunk=shared_trunk,
         data=DataConfig(train="handed over", max_prompt_tokens=workload.max_prompt_tokens),
         rollout=RolloutConfig(
             max_response_tokens=workload.max_new_tokens,
             min_response_tokens=0 if workload.stops_at_eos else workload.max_new_tokens,
             temperature=workload.temperature,
+            logprobs="recomputed" if shared_trunk else "drawn",
         ),
         tracking=TrackingConfig(wandb="disabled"),
         output_dir=output_dir,
@@ -103,22 +125,20 @@ def timed_iteration(trainer: DeepSpeedPPOTrainer, batch: PromptBatch) -> Timing:
     )
 
 
-def matmul_gflops(seconds: float = 4.0, sizes: tuple[int, ...] = (512, 768, 1024)) -> float:
-    """GFLOP/s of fp32 matrix products, all ranks together and at once: each rank's best of many. A collective.
+def matmul_gflops(seconds: float = 4.0, size: int = 768) -> float:
+    """GFLOP/s of large fp32 matrix products, all ranks together and at once: each rank's median. A collective.
 
-    On busy cores only a product shorter than the scheduler's time slice is ever timed undisturbed: 512^3 takes 2 ms at
-    120 GFLOP/s. With 1024^3 alone the rate came out at a quarter.
+    What the cores keep up: the best single product, for which a core runs alone or faster than it can for long, is a
+    fifth quicker. 768^3 takes 8 ms at 110 GFLOP/s; where other programs take turns on the cores, most are undisturbed.
     """
     comm.barrier()
-    best = 0.0
-    for size in sizes:
-        a, b = torch.randn(size, size), torch.randn(size, size)
-        deadline = time.perf_counter() + seconds / len(sizes)
-        while time.perf_counter() < deadline:
-            started = time.perf_counter()
-            a @ b
-            best = max(best, 2 * size**3 / (time.perf_counter() - started) / 1e9)
-    return comm.sum_over_ranks(torch.tensor(best)).item()
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    times, deadline = [], time.perf_counter() + seconds
+    while time.perf_counter() < deadline:
+        started = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - started)
+    return comm.sum_over_ranks(torch.tensor(2 * size**3 / statistics.median(times) / 1e9)).item()
 
 
 def main() -> None:
@@ -129,6 +149,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=1, help="first iterations to leave out")
     parser.add_argument("--micro_batch_size", type=int, default=4, help="full-length responses per forward, one rank")
     parser.add_argument("--zero_stage", type=int, default=0)
+    parser.add_argument("--shared_trunk", action="store_true", help="one model with adapters in the place of four")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     args = parser.parse_args()
     if not 0 <= args.warmup < args.iterations:
@@ -141,6 +162,7 @@ def main() -> None:
             args.workload,
             workload,
             zero_stage=args.zero_stage,
+            shared_trunk=args.shared_trunk,
             micro_batch_size=args.micro_batch_size,
             seed=args.seed,
             output_dir=output_dir,
@@ -157,6 +179,7 @@ def main() -> None:
             "workload": workload.name,
             "ranks": comm.world_size(),
             "zero_stage": args.zero_stage,
+            "shared_trunk": args.shared_trunk,
             "seconds_per_iteration": [timing.seconds for timing in timings],
             "cpu_seconds_per_iteration": [timing.cpu_seconds for timing in timings],
             "phases": {phase: [timing.phases[phase] for timing in timings] for phase in PHASES},

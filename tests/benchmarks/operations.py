@@ -6,15 +6,21 @@ twice the forward's. Not counted, so that a floor_ratio of 1.0 is out of reach: 
 over the vocabulary, sampling, the optimizer, and whatever ranks tell each other.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
 
-from workload import Workload
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from workload import Workload
 
 
 def backbone_weights(workload: Workload) -> int:
-    """Elements of the matrices that every token is multiplied with: four in attention, three in the gated MLP."""
-    hidden, wide = workload.hidden_size, workload.intermediate_size
-    return workload.num_layers * (4 * hidden * hidden + 3 * hidden * wide)
+    """Elements of the matrices that every token is multiplied with: four in attention, and the MLP's, as large in both
+    architectures.
+    """
+    hidden, kv = workload.hidden_size, workload.hidden_size * workload.num_kv_heads // workload.num_heads
+    return workload.num_layers * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * workload.intermediate_size)
 
 
 def forward_operations(workload: Workload, lengths: Sequence[int], projected: int) -> float:
@@ -36,8 +42,10 @@ def generate_operations(workload: Workload, lengths: Sequence[int], response_tok
 
 
 def score_operations(workload: Workload, lengths: Sequence[int], response_tokens: int) -> float:
-    """One forward pass of the actor and the ref with the vocabulary, of critic and reward model without."""
-    return 2 * forward_operations(workload, lengths, response_tokens) + 2 * forward_operations(workload, lengths, 0)
+    """One forward pass of the ref with the vocabulary, of critic and reward model without. The actor's log-probs are
+    known from the rollout.
+    """
+    return forward_operations(workload, lengths, response_tokens) + 2 * forward_operations(workload, lengths, 0)
 
 
 def train_operations(workload: Workload, lengths: Sequence[int], response_tokens: int) -> float:

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/workload.py --variant eos --out /tmp/bench/eos
 
-writes OUT/actor (also the ref), OUT/critic (also the reward model), each with the tokenizer, and OUT/workload.json.
-Nothing here trains or times; that is `trl_ppo.py` for TRL.
+writes OUT/actor (also the ref), OUT/critic (also the reward model), each with the tokenizer, OUT/reward_adapter (the
+reward model of a shared trunk, an adapter of the actor), and OUT/workload.json. Nothing here trains or times.
 
 The models are random, so how long a response gets has to be made: see `_fix_eos_probability`. It is in the weights, so
 that plain sampling (temperature 1, no top-k, no top-p) gives every side the same distribution of lengths. Measured on
@@ -20,13 +20,22 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
-# One residual coordinate holds this constant. Large against the rest (an embedding row's norm is 0.4), so that the
-# final norm passes it on nearly unchanged whatever the hidden state.
+# In Llama one residual coordinate holds this constant. Large against the rest (an embedding row's norm is 0.4), so that
+# the final norm passes it on nearly unchanged whatever the hidden state.
 _CONSTANT_COORDINATE = 0
 _CONSTANT = 8.0
 # An offset at which a token is never drawn: p = exp(-30) / 8192.
@@ -35,9 +44,11 @@ _NEVER = -30.0
 
 @dataclass(frozen=True)
 class Workload:
-    """What is generated, scored and trained on in one iteration. Build with `Workload.fixed()` or `Workload.eos()`."""
+    """What is generated, scored and trained on in one iteration. Build with `Workload.named`."""
 
     name: Literal["fixed", "eos"]
+    # `llama` has a head of keys and values for each head of queries, `gqa` two for all six.
+    architecture: Literal["llama", "gqa", "gpt2"]
     # Responses stop here, `fixed` ones always.
     max_new_tokens: int
     # Up to and including EOS, cut at max_new_tokens. An expectation, which the actor's weights are made for.
@@ -54,24 +65,17 @@ class Workload:
     hidden_size: int = 384
     num_layers: int = 8
     num_heads: int = 6
-    intermediate_size: int = 1024
+    intermediate_size: int = 1024  # of Llama's gated MLP, three matrices; GPT-2's two are as large together
     vocab_size: int = 8192
     seed: int = 0
 
     @classmethod
-    def fixed(cls) -> Workload:
-        """No EOS ever: every response is 64 tokens."""
-        return cls(name="fixed", max_new_tokens=64, mean_response_tokens=64.0)
-
-    @classmethod
-    def eos(cls) -> Workload:
-        """EOS comes with the same chance at every position: 24 tokens on average, at most 64."""
-        return cls(name="eos", max_new_tokens=64, mean_response_tokens=24.0)
-
-    @classmethod
-    def named(cls, name: Literal["fixed", "eos"]) -> Workload:
-        """The variant called `name`."""
-        return {"fixed": cls.fixed, "eos": cls.eos}[name]()
+    def named(cls, name: Literal["fixed", "eos"], architecture: str = "llama") -> Workload:
+        """`fixed`: no EOS ever, every response is 64 tokens. `eos`: it comes with the same chance at every position,
+        and responses have 24 tokens on average, at most 64.
+        """
+        mean = {"fixed": 64.0, "eos": 24.0}[name]
+        return cls(name=name, architecture=architecture, max_new_tokens=64, mean_response_tokens=mean)
 
     def on(self, world_size: int) -> Workload:
         """The same prompts and models, shared out to this many ranks."""
@@ -95,21 +99,26 @@ class Workload:
         return self.vocab_size - 1
 
     @property
+    def num_kv_heads(self) -> int:
+        return 2 if self.architecture == "gqa" else self.num_heads
+
+    @property
     def stops_at_eos(self) -> bool:
         return self.name == "eos"
 
 
 @dataclass(frozen=True)
 class ModelFolders:
-    """Where the two Hugging Face folders are; the ref uses the first, the reward model the second."""
+    """Where the Hugging Face folders are; the ref uses the first, the reward model the second or the third."""
 
     actor: Path
     critic: Path
+    reward_adapter: Path
 
     @classmethod
     def under(cls, folder: Path | str) -> ModelFolders:
         """The paths inside `folder`, whether or not they have been written."""
-        return cls(actor=Path(folder) / "actor", critic=Path(folder) / "critic")
+        return cls(*(Path(folder) / name for name in ("actor", "critic", "reward_adapter")))
 
 
 def prompts(workload: Workload) -> list[list[int]]:
@@ -140,7 +149,7 @@ def as_text(token_ids: list[int]) -> str:
 def tokenizer(workload: Workload) -> PreTrainedTokenizerFast:
     """One word, one id: "w17" <-> 17, then <pad> and <eos>. Pads on the left, adds nothing to a text."""
     words = [f"w{i}" for i in range(workload.vocab_size - 2)] + ["<pad>", "<eos>"]
-    backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}))
+    backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
     backend.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -152,17 +161,10 @@ def tokenizer(workload: Workload) -> PreTrainedTokenizerFast:
     )
 
 
-def write_models(folder: Path | str, workload: Workload) -> ModelFolders:
-    """Makes the models of `workload` from its seed and saves them, fp32, with the tokenizer and workload.json."""
-    folders = ModelFolders.under(folder)
-    config = LlamaConfig(
-        hidden_size=workload.hidden_size,
-        num_hidden_layers=workload.num_layers,
-        num_attention_heads=workload.num_heads,
-        num_key_value_heads=workload.num_heads,
-        intermediate_size=workload.intermediate_size,
+def model_config(workload: Workload) -> PreTrainedConfig:
+    """Of actor and critic."""
+    given = dict(
         vocab_size=workload.vocab_size,
-        max_position_embeddings=1024,
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=workload.eos_token_id if workload.stops_at_eos else None,
@@ -170,14 +172,42 @@ def write_models(folder: Path | str, workload: Workload) -> ModelFolders:
         num_labels=1,
         dtype="float32",
     )
+    if workload.architecture == "gpt2":
+        return GPT2Config(
+            n_embd=workload.hidden_size,
+            n_layer=workload.num_layers,
+            n_head=workload.num_heads,
+            n_inner=3 * workload.intermediate_size // 2,
+            n_positions=1024,
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+            **given,
+        )
+    return LlamaConfig(
+        hidden_size=workload.hidden_size,
+        num_hidden_layers=workload.num_layers,
+        num_attention_heads=workload.num_heads,
+        num_key_value_heads=workload.num_kv_heads,
+        intermediate_size=workload.intermediate_size,
+        max_position_embeddings=1024,
+        **given,
+    )
+
+
+def write_models(folder: Path | str, workload: Workload) -> ModelFolders:
+    """Makes the models of `workload` from its seed and saves them, fp32, with the tokenizer and workload.json."""
+    folders, config = ModelFolders.under(folder), model_config(workload)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(workload.seed)
-        actor = LlamaForCausalLM(config)
-        critic = LlamaForSequenceClassification(config)
-    _fix_eos_probability(actor, workload)
-    for model, path in ((actor, folders.actor), (critic, folders.critic)):
-        model.save_pretrained(path)
-        tokenizer(workload).save_pretrained(path)
+        actor = AutoModelForCausalLM.from_config(config)
+        critic = AutoModelForSequenceClassification.from_config(config)
+        _fix_eos_probability(actor, workload)
+        for model, path in ((actor, folders.actor), (critic, folders.critic)):
+            model.save_pretrained(path)
+            tokenizer(workload).save_pretrained(path)
+        base = AutoModelForSequenceClassification.from_pretrained(folders.actor)
+        adapter = LoraConfig(target_modules="all-linear", modules_to_save=["score"], task_type="SEQ_CLS")
+        get_peft_model(base, adapter).save_pretrained(folders.reward_adapter)
+        tokenizer(workload).save_pretrained(folders.reward_adapter)
     Path(folder, "workload.json").write_text(json.dumps(asdict(workload), indent=2) + "\n")
     return folders
 
@@ -188,7 +218,7 @@ def read_workload(folder: Path | str) -> Workload:
     if not path.exists():
         raise ValueError(f"{path} does not exist. Write it: python {__file__} --variant eos --out {folder}")
     written = json.loads(path.read_text())
-    expected = asdict(Workload.named(written["name"]).on(written["world_size"]))
+    expected = asdict(Workload.named(written["name"], written["architecture"]).on(written["world_size"]))
     if different := sorted(
         name for name in expected.keys() | written.keys() if expected.get(name) != written.get(name)
     ):
@@ -211,14 +241,31 @@ def eos_probability(mean_tokens: float, max_tokens: int) -> float:
 
 
 @torch.no_grad()
-def _fix_eos_probability(actor: LlamaForCausalLM, workload: Workload) -> None:
+def _fix_eos_probability(actor: PreTrainedModel, workload: Workload) -> None:
     """Gives EOS the same chance at every position, or none, by changing weights only.
 
-    Llama has no biases, so one residual coordinate is made into one: every embedding row holds the same constant there,
+    One coordinate of the last hidden state is made a constant, so that an lm_head row's entry there is a logit offset.
+    The other logits come from small random numbers (standard deviation 0.02), so the offset of EOS alone sets its
+    chance. Pad must never be drawn either: TRL takes its first occurrence in a response for the end.
+    """
+    constant = _constant_in_gpt2(actor) if workload.architecture == "gpt2" else _constant_in_llama(actor)
+    eos_offset = _NEVER
+    if workload.stops_at_eos:
+        p = eos_probability(workload.mean_response_tokens, workload.max_new_tokens)
+        eos_offset = math.log(p / (1 - p) * (workload.vocab_size - 2))
+    head = actor.lm_head.weight
+    head[:, _CONSTANT_COORDINATE] = 0
+    for token_id, offset in ((workload.eos_token_id, eos_offset), (workload.pad_token_id, _NEVER)):
+        head[token_id] = 0
+        head[token_id, _CONSTANT_COORDINATE] = offset / constant
+
+
+def _constant_in_llama(actor: PreTrainedModel) -> float:
+    """What the last hidden state holds in the coordinate from now on.
+
+    Llama has no biases, so one residual coordinate is made into one: every embedding row holds the same number there,
     no layer reads it (its norm weight is zero) or writes it (that row of the output projections is zero). It is nearly
-    all of the residual's norm, so after the final norm it is sqrt(hidden), and an lm_head row's entry there is a logit
-    offset. The other logits come from small random numbers (standard deviation 0.02), so the offset of EOS alone sets
-    its chance. Pad must never be drawn either: TRL takes its first occurrence in a response for the end.
+    all of the residual's norm, so after the final norm it is sqrt(hidden).
     """
     coordinate = _CONSTANT_COORDINATE
     actor.model.embed_tokens.weight[:, coordinate] = _CONSTANT
@@ -227,21 +274,20 @@ def _fix_eos_probability(actor: LlamaForCausalLM, workload: Workload) -> None:
         layer.post_attention_layernorm.weight[coordinate] = 0
         layer.self_attn.o_proj.weight[coordinate] = 0
         layer.mlp.down_proj.weight[coordinate] = 0
+    return math.sqrt(actor.config.hidden_size)
 
-    eos_offset = _NEVER
-    if workload.stops_at_eos:
-        p = eos_probability(workload.mean_response_tokens, workload.max_new_tokens)
-        eos_offset = math.log(p / (1 - p) * (workload.vocab_size - 2))
-    head = actor.lm_head.weight
-    head[:, coordinate] = 0
-    for token_id, offset in ((workload.eos_token_id, eos_offset), (workload.pad_token_id, _NEVER)):
-        head[token_id] = 0
-        head[token_id, coordinate] = offset / math.sqrt(workload.hidden_size)
+
+def _constant_in_gpt2(actor: PreTrainedModel) -> float:
+    """The same by the bias of GPT-2's final norm."""
+    norm = actor.transformer.ln_f
+    norm.weight[_CONSTANT_COORDINATE], norm.bias[_CONSTANT_COORDINATE] = 0, 1
+    return 1.0
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", choices=("fixed", "eos"), required=True)
+    parser.add_argument("--architecture", choices=("llama", "gqa", "gpt2"), default="llama")
     parser.add_argument("--out", type=Path, required=True, help="folder for the models")
     args = parser.parse_args()
-    print(write_models(args.out, Workload.named(args.variant)))
+    print(write_models(args.out, Workload.named(args.variant, args.architecture)))
