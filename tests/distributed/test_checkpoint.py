@@ -266,18 +266,19 @@ def test_a_full_disk_leaves_what_there_was(run_ranks, strict_z3, two, failing, w
 
 def spoiled(root, ds_config):
     """A disk that does not keep what it is given."""
-    engine, real = engines.actor(tiny.LLAMA, ds_config), checkpoint._write_manifest
+    engine, real = engines.actor(tiny.LLAMA, ds_config), checkpoint.save_file
 
-    def write_manifest(half_done, manifest):
-        real(half_done, manifest)
-        one_bit(half_done)
+    def save_file(tensors, path, **given):
+        real(tensors, path, **given)
+        if path.name == "pieces_00000.safetensors":
+            one_bit(path.parent)
 
-    checkpoint._write_manifest = write_manifest
+    checkpoint.save_file = save_file
     try:
         given = dict(state={}, tensors={}, identity=IDENTITY, keep=1)
         return save_checkpoint(Path(root), 3, Trained(engines={"actor": engine}, averages={}), **given)
     finally:
-        checkpoint._write_manifest = real
+        checkpoint.save_file = real
 
 
 def test_the_last_good_one_stays_until_the_new_one_has_been_read_back(run_ranks, strict_z3, two, capsys):
