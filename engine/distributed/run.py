@@ -45,8 +45,8 @@ class Run:
         if error is None:
             comm.barrier()
         self.watch.close(error)
-        self.stop.close()
         if error is None:
             comm.shutdown()
         if self.lock is not None:
             release(self.lock)
+        self.stop.close()  # last: a signal that comes now asks for what is being done

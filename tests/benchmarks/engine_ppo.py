@@ -58,9 +58,10 @@ def ppo_config(
     seed: int,
     output_dir: str,
     shared_trunk: bool = False,
+    dtype: str = "float32",
 ) -> PPOConfig:
     """One optimizer step per iteration on all responses; TRL's learning rate, KL coefficient, and log-probs of the
-    rollout's own (a shared trunk's come with its values).
+    rollout's own (a shared trunk's come with its values, and in 16 bits they are computed again).
     """
     models = ModelFolders.under(folder)
     lora = SteadyLoRAConfig(r=8) if shared_trunk else None
@@ -74,13 +75,13 @@ def ppo_config(
             max_response_tokens=workload.max_new_tokens,
             min_response_tokens=0 if workload.stops_at_eos else workload.max_new_tokens,
             temperature=workload.temperature,
-            logprobs="recomputed" if shared_trunk else "drawn",
+            logprobs="drawn" if dtype == "float32" and not shared_trunk else "recomputed",
         ),
         tracking=TrackingConfig(wandb="disabled"),
         output_dir=output_dir,
         seed=seed,
         zero_stage=zero_stage,
-        dtype="float32",
+        dtype=dtype,
         rollout_batch_size=workload.num_prompts,
         minibatch_size=workload.num_prompts,
         micro_batch_size=micro_batch_size,
@@ -125,20 +126,30 @@ def timed_iteration(trainer: DeepSpeedPPOTrainer, batch: PromptBatch) -> Timing:
     )
 
 
-def matmul_gflops(seconds: float = 4.0, size: int = 768) -> float:
-    """GFLOP/s of large fp32 matrix products, all ranks together and at once: each rank's median. A collective.
+def matmul_gflops(dtype: torch.dtype, seconds: float = 4.0) -> float:
+    """GFLOP/s of large matrix products, all ranks together and at once: each rank's median. A collective.
 
-    What the cores keep up: the best single product, for which a core runs alone or faster than it can for long, is a
-    fifth quicker. 768^3 takes 8 ms at 110 GFLOP/s; where other programs take turns on the cores, most are undisturbed.
+    What the processor keeps up: on a CPU the best single product, for which a core runs alone or faster than it can for
+    long, is a fifth quicker. There 768^3 takes 8 ms at 110 GFLOP/s; where other programs take turns on the cores, most
+    are undisturbed.
     """
     comm.barrier()
-    a, b = torch.randn(size, size), torch.randn(size, size)
+    on_gpu = comm.device().type == "cuda"
+    size = 8192 if on_gpu else 768
+    a, b = (torch.randn(size, size, device=comm.device()).to(dtype) for _ in range(2))
     times, deadline = [], time.perf_counter() + seconds
     while time.perf_counter() < deadline:
         started = time.perf_counter()
         a @ b
+        if on_gpu:
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
-    return comm.sum_over_ranks(torch.tensor(2 * size**3 / statistics.median(times) / 1e9)).item()
+    rate = torch.tensor(2 * size**3 / statistics.median(times) / 1e9, device=comm.device())
+    return comm.sum_over_ranks(rate).item()
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if comm.device().type == "cuda" else "CPU"
 
 
 def main() -> None:
@@ -150,6 +161,7 @@ def main() -> None:
     parser.add_argument("--micro_batch_size", type=int, default=4, help="full-length responses per forward, one rank")
     parser.add_argument("--zero_stage", type=int, default=0)
     parser.add_argument("--shared_trunk", action="store_true", help="one model with adapters in the place of four")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     args = parser.parse_args()
     if not 0 <= args.warmup < args.iterations:
@@ -163,6 +175,7 @@ def main() -> None:
             workload,
             zero_stage=args.zero_stage,
             shared_trunk=args.shared_trunk,
+            dtype=args.dtype,
             micro_batch_size=args.micro_batch_size,
             seed=args.seed,
             output_dir=output_dir,
@@ -170,7 +183,7 @@ def main() -> None:
         trainer, batch = build_trainer(config, args.iterations), my_prompts(workload)
         for _ in range(args.warmup):
             timed_iteration(trainer, batch)
-        rate = matmul_gflops()
+        rate = matmul_gflops(getattr(torch, args.dtype))
         timings = [timed_iteration(trainer, batch) for _ in range(args.iterations - args.warmup)]
     peaks = comm.gathered_objects(comm.peak_memory_gib())
     if comm.is_main():
@@ -180,6 +193,8 @@ def main() -> None:
             "ranks": comm.world_size(),
             "zero_stage": args.zero_stage,
             "shared_trunk": args.shared_trunk,
+            "dtype": args.dtype,
+            "device": device_name(),
             "seconds_per_iteration": [timing.seconds for timing in timings],
             "cpu_seconds_per_iteration": [timing.cpu_seconds for timing in timings],
             "phases": {phase: [timing.phases[phase] for timing in timings] for phase in PHASES},

@@ -38,6 +38,19 @@ from transformers import (
 # the final norm passes it on nearly unchanged whatever the hidden state.
 _CONSTANT_COORDINATE = 0
 _CONSTANT = 8.0
+# The shape of a small model of today, for GPUs, with longer prompts and responses.
+HALF_A_BILLION = dict(
+    hidden_size=896,
+    num_layers=24,
+    num_heads=14,
+    intermediate_size=4864,
+    vocab_size=151_936,
+    prompts_per_rank=32,
+    min_prompt_tokens=32,
+    max_prompt_tokens=256,
+    mean_prompt_tokens=108.0,
+    max_new_tokens=256,
+)
 # An offset at which a token is never drawn: p = exp(-30) / 8192.
 _NEVER = -30.0
 
@@ -62,6 +75,7 @@ class Workload:
     ppo_epochs: int = 1
     temperature: float = 1.0
 
+    size: Literal["small", "0.5B"] = "small"
     hidden_size: int = 384
     num_layers: int = 8
     num_heads: int = 6
@@ -70,12 +84,13 @@ class Workload:
     seed: int = 0
 
     @classmethod
-    def named(cls, name: Literal["fixed", "eos"], architecture: str = "llama") -> Workload:
+    def named(cls, name: Literal["fixed", "eos"], architecture: str = "llama", size: str = "small") -> Workload:
         """`fixed`: no EOS ever, every response is 64 tokens. `eos`: it comes with the same chance at every position,
         and responses have 24 tokens on average, at most 64.
         """
         mean = {"fixed": 64.0, "eos": 24.0}[name]
-        return cls(name=name, architecture=architecture, max_new_tokens=64, mean_response_tokens=mean)
+        small = cls(name=name, architecture=architecture, max_new_tokens=64, mean_response_tokens=mean)
+        return small if size == "small" else replace(small, size=size, **HALF_A_BILLION, mean_response_tokens=4 * mean)
 
     def on(self, world_size: int) -> Workload:
         """The same prompts and models, shared out to this many ranks."""
@@ -218,7 +233,8 @@ def read_workload(folder: Path | str) -> Workload:
     if not path.exists():
         raise ValueError(f"{path} does not exist. Write it: python {__file__} --variant eos --out {folder}")
     written = json.loads(path.read_text())
-    expected = asdict(Workload.named(written["name"], written["architecture"]).on(written["world_size"]))
+    named = Workload.named(written["name"], written["architecture"], written["size"])
+    expected = asdict(named.on(written["world_size"]))
     if different := sorted(
         name for name in expected.keys() | written.keys() if expected.get(name) != written.get(name)
     ):
@@ -288,6 +304,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", choices=("fixed", "eos"), required=True)
     parser.add_argument("--architecture", choices=("llama", "gqa", "gpt2"), default="llama")
+    parser.add_argument("--size", choices=("small", "0.5B"), default="small")
+    parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True, help="folder for the models")
     args = parser.parse_args()
-    print(write_models(args.out, Workload.named(args.variant, args.architecture)))
+    print(write_models(args.out, Workload.named(args.variant, args.architecture, args.size).on(args.ranks)))
