@@ -71,12 +71,17 @@ class DeepSpeedRLHFEngine:
                 the learning-rate schedules end. (The short last batch of an epoch takes fewer.)
 
         Raises:
-            ValueError: sizes that the ranks cannot share out, a model that is not there or not of its kind, or one
-                whose vocabulary is not the actor's.
+            ValueError: sizes that the ranks cannot share out, `rollout.logprobs: drawn` in 16 bits, a model that is not
+                there or not of its kind, or one whose vocabulary is not the actor's.
         """
         args.check_world_size(comm.world_size())
         self.args, self.tokenizer = args, tokenizer
         self.dtype = resolved_dtype(args.dtype, on_gpu=comm.device().type == "cuda")
+        if args.rollout.logprobs == "drawn" and self.dtype != "float32":
+            raise ValueError(
+                f"rollout.logprobs=drawn is for float32: in {self.dtype} decoding and training round too differently. "
+                f"Leave it out, or set --dtype float32."
+            )
         self.total_steps = num_total_iters * args.steps_per_iteration
         torch_dtype = getattr(torch, self.dtype)
 

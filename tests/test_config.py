@@ -21,6 +21,7 @@ from engine.config import (
     RewardModelConfig,
     RolloutConfig,
     SFTConfig,
+    SteadyLoRAConfig,
     TrackingConfig,
     TrainedRoleConfig,
     as_dict,
@@ -324,9 +325,12 @@ def test_derived_sizes():
 
 def test_a_pass_that_is_needed_all_the_same_is_not_saved():
     drawn = dict(rollout=RolloutConfig(logprobs="drawn"))
+    trunk = dict(shared_trunk=True, actor=TrainedRoleConfig(model_name_or_path="a", lora=SteadyLoRAConfig(r=2)))
     config(**drawn)
-    with pytest.raises(ValueError, match=r"rollout\.logprobs=drawn saves a forward pass .* leave it out"):
-        config(**drawn, kl_estimator="full")
+    for needs in (dict(kl_estimator="full"), trunk):
+        with pytest.raises(ValueError, match=r"rollout\.logprobs=drawn saves a forward pass .* leave it out"):
+            config(**drawn, **needs)
+    config(**drawn, **trunk, advantage_estimator="reinforce_plus_plus")
 
 
 def test_dtype_auto_follows_the_device():
@@ -499,6 +503,12 @@ def test_the_critics_learning_rate_is_its_own_in_python_too():
         (dict(penalty_target=0.5), {"penalty_target": "policy_loss=clip"}),
         (dict(kl_controller="schulman", kl_target=3.0, kl_horizon=50.0), {"kl_horizon": "kl_controller=schulman"}),
         (dict(kl_target=3.0), {"kl_target": "kl_controller=fixed"}),
+        (
+            dict(importance_cap=2.0, rollout__logprobs="drawn"),
+            {"importance_cap": "rollout.logprobs=drawn, and no filter"},
+        ),
+        (dict(importance_cap=2.0, rollout__logprobs="drawn", rollout__top_p=0.9), {}),
+        (dict(importance_cap=2.0), {}),
     ],
 )
 def test_what_nothing_looks_at_is_told(tmp_path, given, idle):

@@ -1,8 +1,8 @@
-"""Log-probs and entropies of tokens, from logits or, in chunks and without ever holding all logits, from hidden states.
+"""Log-probs and entropies of tokens, from logits or, in chunks of which one is held at a time, from hidden states.
 
 The chunked functions are the hot path: at vocabulary size V the logits of N tokens are by far the largest tensor of a
 language model's step. Chunked cross entropy is from Hsu et al. 2024, https://arxiv.org/abs/2410.10989; unlike there,
-backward recomputes the logits, since the gradient of a PPO loss is not known in forward.
+backward recomputes the logits of more than one chunk, since the gradient of a PPO loss is not known in forward.
 """
 
 from collections.abc import Iterator
@@ -66,7 +66,8 @@ def chunked_token_logprobs(
 
     The matrix products run in the inputs' dtype, the softmax in fp32 at least; weight's gradient is summed over chunks
     in fp32 and then cast. Gradients that nobody needs are not computed. The weight itself is what backward reads: it
-    must then hold its values again if it was emptied in between (ZeRO-3).
+    must then hold its values again if it was emptied in between (ZeRO-3). Where N <= chunk_tokens the logits live until
+    then.
 
     Hsu et al. 2024, https://arxiv.org/abs/2410.10989, section 3.2.
 

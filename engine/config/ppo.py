@@ -188,7 +188,6 @@ class PPOConfig:
             raise ValueError(f"kl_coef=0: kl_controller={self.kl_controller} multiplies it, and it would stay 0.")
         if self.policy_loss == "penalty" and self.penalty_coef == 0:
             raise ValueError("penalty_coef=0: policy_loss=penalty doubles or halves it, and it would stay 0.")
-
         if self.rollout.logprobs == "drawn" and (
             self.kl_estimator == "full" or (self.shared_trunk and self.has_critic)
         ):
@@ -250,6 +249,8 @@ class PPOConfig:
             idle |= dict.fromkeys(("penalty_coef", "penalty_target"), "policy_loss=clip")
         else:
             idle["clip_range"] = "policy_loss=penalty"
+        if self.rollout.logprobs == "drawn" and not self.rollout.filters:
+            idle["importance_cap"] = "rollout.logprobs=drawn, and no filter"
         if self.ppo_epochs == 1:
             idle["target_kl"] = "ppo_epochs=1"
         defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(self)}

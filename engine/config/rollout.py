@@ -19,8 +19,8 @@ class RolloutConfig:
         micro_batch_size: responses decoded at the same time on one GPU; all of the rank's when not given.
         logprobs: the actor's log-probabilities of its responses, which PPO's ratios and the KL to the ref are taken to:
             `recomputed` in a forward pass over whole responses, as in training; or `drawn`, which the rollout comes
-            by, without that pass. The two differ by rounding: by some 1e-6 nats in float32, too much to train on in 16
-            bits.
+            by, without that pass. The two differ by rounding, by some 1e-6 nats in float32; in 16 bits `drawn` is
+            refused. (`DeepSpeedPPOTrainer.step` is given responses alone, and computes.)
         weights: under ZeRO-3, `gathered` holds the whole actor on every rank during the rollout (fast), `sharded`
             gathers every layer for every token, all ranks in step (slow, fits anywhere).
         environment: `module:class`, whose `reply(conversation)` answers the actor as the user, or ends the episode with
@@ -65,6 +65,11 @@ class RolloutConfig:
             raise ValueError(f"rollout.temperature={self.temperature} must be above 0: PPO needs sampled responses.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"rollout.top_p={self.top_p} must lie in (0, 1].")
+
+    @property
+    def filters(self) -> bool:
+        """Whether tokens are drawn from another distribution than the actor's at this temperature."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_response_tokens > 0
 
 
 @dataclass(frozen=True, kw_only=True)

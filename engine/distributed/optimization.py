@@ -60,8 +60,12 @@ def _step(engine: DeepSpeedEngine) -> float:
 def _gradients_are_finite(engine: DeepSpeedEngine) -> bool:
     if stage_of(engine) > 0:
         return not engine.optimizer.has_overflow()
-    # One NaN or inf makes the norm one; asking every gradient takes ten times as long on a CPU.
-    return comm.all_true(math.isfinite(_whole_norm(engine)))
+    # One NaN or inf makes the norm one; asking every gradient takes ten times as long on a CPU. It is done where fp32
+    # cannot hold the norm.
+    finite = math.isfinite(_whole_norm(engine)) or all(
+        parameter.grad.isfinite().all().item() for parameter in engine.module.parameters() if parameter.grad is not None
+    )
+    return comm.all_true(finite)
 
 
 def _whole_norm(engine: DeepSpeedEngine) -> float:

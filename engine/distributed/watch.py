@@ -77,12 +77,11 @@ class Watch:
 
         Args:
             failure: why this rank ends; the others end too. A ValueError is mostly raised on all ranks: they are given
-                time to say so themselves.
+                time to say so themselves. Anything else may be another rank's death, heard of within NOTICE_S.
         """
-        if failure is not None and not isinstance(failure, ValueError) and not self.closed:
-            threading.Event().wait(
-                NOTICE_S
-            )  # who hears of a rank that is gone meanwhile names it, and ends the process
+        if self.connections and not self.closed and failure is not None and not isinstance(failure, ValueError):
+            # Who hears of a rank that is gone meanwhile names it, and ends the process.
+            threading.Event().wait(NOTICE_S)
         self.closed = True
         if failure is None:
             self._to_all({"bye": True})

@@ -123,11 +123,11 @@ def eos_token_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 
 class _Asked(NamedTuple):
-    """Rows that are decoded together."""
+    """b rows that are decoded together."""
 
     prompts: list[Sequence[int]]
-    noise: Tensor
-    limits: list[int]
+    noise: Tensor  # (b, max_response_tokens)
+    limits: list[int]  # tokens of each response at most
 
 
 def _decoded(
@@ -139,6 +139,7 @@ def _decoded(
     device: torch.device,
     any_rank_active: Callable[[bool], bool] | None,
 ) -> Responses:
+    """Prefill, then a token at a time; rows that have ended leave the batch."""
     count, longest = len(asked.prompts), max(asked.limits)
     limit, uniform = torch.tensor(asked.limits, device=device), asked.noise.to(device)
     filters = _filters(sampling)
@@ -210,7 +211,7 @@ def _filters(sampling: Sampling) -> LogitsProcessorList:
     return filters
 
 
-class Draw(NamedTuple):
+class _Draw(NamedTuple):
     """(b,) each, named as in `Responses`."""
 
     tokens: Tensor
@@ -221,7 +222,7 @@ class Draw(NamedTuple):
 
 def _draw(
     logits: Tensor, uniform: Tensor, sampling: Sampling, filters: LogitsProcessorList, never: Tensor | None = None
-) -> Draw:
+) -> _Draw:
     """Tokens by inversion, each the first whose cumulative probability exceeds the noise.
 
     One number per token keys the draw, where torch.multinomial would take as many as the batch has rows. In fp64, since
@@ -229,6 +230,7 @@ def _draw(
 
     Args:
         logits: (b, V) fp32.
+        uniform: (b,) fp64 in [0, 1).
         never: ids that may not be drawn this time.
     """
     vocabulary = sampling.vocabulary_size or logits.shape[-1]
@@ -241,7 +243,7 @@ def _draw(
             possible[:, never] = -torch.inf
     if sampling.temperature == 0:
         nothing = logits.new_zeros(len(logits))
-        return Draw(possible.argmax(-1), nothing, nothing, nothing)
+        return _Draw(possible.argmax(-1), nothing, nothing, nothing)
     own = behaviour = scaled.log_softmax(-1)
     own_probabilities = probabilities = own.exp()
     if possible is not scaled or len(filters) > 0:
@@ -253,7 +255,7 @@ def _draw(
     # Past the end only if the logits are not finite: the step is then skipped on all ranks, if all ranks get there.
     tokens = tokens.clamp(max=vocabulary - 1)
     of_tokens = (of_all.gather(-1, tokens[:, None]).squeeze(-1) for of_all in (behaviour, own))
-    return Draw(tokens, *of_tokens, entropy=-(own_probabilities * own).sum(-1))
+    return _Draw(tokens, *of_tokens, entropy=-(own_probabilities * own).sum(-1))
 
 
 def _idle_step(model: PreTrainedModel, device: torch.device) -> None:

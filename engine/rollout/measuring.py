@@ -1,7 +1,8 @@
-"""What actor, ref, critic and reward model say about given responses: one forward pass each, no gradients.
+"""What actor, ref, critic and reward model say about given responses: one forward pass each, no gradients; none of the
+actor where the rollout's own numbers do.
 
 Every rank measures the rows that the plan deals it; adding the ranks' zero-filled results puts them together. NaN on
-one rank is thereby NaN on all.
+one rank is thereby NaN on all. What a rollout says of its own rows is put together row after row.
 """
 
 from contextlib import nullcontext

@@ -1,6 +1,7 @@
 """logprobs.py: the chunked functions against the full log-softmax, in value, gradient and memory."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -50,6 +51,23 @@ class LargestFloat(TorchDispatchMode):
         for x in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(x, torch.Tensor) and x.is_floating_point() and tuple(x.shape) not in self.exempt:
                 self.largest = max(self.largest, x.numel())
+        return result
+
+
+class AliveTogether(TorchDispatchMode):
+    """How many pieces of memory for so many floating numbers there were at the same time."""
+
+    def __init__(self, numbers):
+        super().__init__()
+        self.numbers, self.most, self.seen = numbers, 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, torch.Tensor) and x.is_floating_point() and x.numel() == self.numbers:
+                self.seen.append(weakref.ref(x))
+        alive = [x for reference in self.seen if (x := reference()) is not None]
+        self.most = max(self.most, len({x.untyped_storage().data_ptr() for x in alive}))
         return result
 
 
@@ -232,6 +250,18 @@ def test_no_tokens():
         assert x.shape == (0,)
     kl = chunked_full_kl(hidden, weight, bias, hidden, weight, bias, temperature=0.7, chunk_tokens=4)
     assert kl.shape == (0,)
+
+
+@pytest.mark.parametrize("chunk_tokens", [8, 32, 64])
+def test_one_chunk_of_logits_is_alive_at_a_time(chunk_tokens):
+    hidden, weight = (torch.randn(rows, 5, requires_grad=True) for rows in (64, 512))
+    given = dict(tokens=torch.zeros(64, dtype=torch.int64), temperature=0.7, chunk_tokens=chunk_tokens)
+    with AliveTogether(chunk_tokens * 512) as memory:
+        chunked_token_logprobs(hidden, weight, None, **given).sum().backward()
+    assert memory.most == 1
+    with AliveTogether(chunk_tokens * 512) as memory:  # the gradient of the entropy takes its factor, made of two
+        sum(x.sum() for x in chunked_token_logprobs_and_entropy(hidden, weight, None, **given)).backward()
+    assert memory.most == 3
 
 
 @pytest.mark.parametrize(("chunk_tokens", "products"), [(64, 3), (32, 4)], ids=["one chunk", "two chunks"])

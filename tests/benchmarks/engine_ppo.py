@@ -113,6 +113,7 @@ def timed_iteration(trainer: DeepSpeedPPOTrainer, batch: PromptBatch) -> Timing:
     started, cpu_started = time.perf_counter(), time.process_time()
     experience = trainer.generate_experience(batch)
     trainer.train_on(experience)
+    trainer.metrics(experience)
     comm.barrier()
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     if trainer.progress.skipped_steps:

@@ -95,9 +95,7 @@ class Workload:
     def on(self, world_size: int) -> Workload:
         """The same prompts and models, shared out to this many ranks."""
         if world_size < 1 or self.num_prompts % world_size:
-            raise ValueError(
-                f"{self.num_prompts} prompts cannot be shared out evenly to {world_size} ranks. Try --ranks 2."
-            )
+            raise ValueError(f"{self.num_prompts} prompts cannot be shared out evenly to {world_size} ranks.")
         return replace(self, world_size=world_size, prompts_per_rank=self.num_prompts // world_size)
 
     @property

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from ranks import RankFailed
 from runs import Log, build, digest, train, weights
 
 from engine.models.scalar_head import load_reward_model
@@ -103,6 +104,11 @@ def test_logprobs_from_the_rollout_are_those_of_a_pass_of_their_own(run_ranks, p
     )
     assert 0 < furthest(drawn, recomputed) < 1e-3
     assert all(0 < metrics["policy/first_log_ratio_max"] < 1e-5 for metrics in drawn)
+
+
+def test_logprobs_from_the_rollout_are_refused_in_16_bits(run_ranks, ppo_config):
+    with pytest.raises(RankFailed, match=r"rollout\.logprobs=drawn is for float32: in bfloat16 .* --dtype float32"):
+        run_ranks(start, ppo_config(dtype="bfloat16", rollout__logprobs="drawn"))
 
 
 def start(config):

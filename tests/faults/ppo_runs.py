@@ -17,7 +17,9 @@ FLAGS = ("--checkpoint.every", "1")
 
 
 def recipe(folder: Path, **overrides) -> Path:
-    """The file of a run: 8 responses an iteration, 2 epochs of 2 steps, an average, an adaptive coefficient."""
+    """The file of a run: 8 responses an iteration and 3 in every other, 2 epochs of 2 steps and of one, an average, an
+    adaptive coefficient.
+    """
     given = dict(
         num_iterations=NUM_ITERATIONS,
         ema_decay=0.9,

@@ -163,7 +163,7 @@ def test_nan_on_one_rank_skips_one_step_on_all(recipe, whole, tmp_path, tally, w
     assert all(value is not None for line in metrics for value in line.values()), "null would be NaN"
     assert metrics[0] == whole["metrics"][0] and metrics[3] != whole["metrics"][3]
     kept = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
-    assert len(kept) == 3 and {row["iteration"] for row in kept} == {2}, "the epoch's short last minibatch"
+    assert len(kept) == 3 and {row["iteration"] for row in kept} == {2}, "the one minibatch of a short iteration"
     lost = len(whole["samples"].splitlines()) - len((out / "samples.jsonl").read_text().splitlines())
     tally("NaN on one rank", recovered=(out / "actor").exists(), iterations_lost=0, rows_lost=lost)
 
