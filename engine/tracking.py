@@ -167,7 +167,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _set_aside(path: Path) -> None:
-    if path.exists():
+    if path.exists() and path.stat().st_size > 0:  # a run that failed at its start leaves an empty one
         print(f"{path} is from an earlier run: kept as {path.stem}.previous{path.suffix}.", flush=True)
         path.replace(path.with_name(f"{path.stem}.previous{path.suffix}"))
 

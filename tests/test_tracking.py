@@ -242,3 +242,11 @@ def test_disabled_wandb_is_not_even_imported(tmp_path, monkeypatch):
     with tracker(tmp_path) as track:
         track.log(1, METRICS, SAMPLES)
     assert len(lines(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_two_starts_that_fail_do_not_cost_an_earlier_run_its_metrics(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1}\n')
+    for _ in range(2):
+        with tracker(tmp_path):
+            pass
+    assert (tmp_path / "metrics.previous.jsonl").read_text() == '{"iteration": 1}\n'
