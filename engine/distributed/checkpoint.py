@@ -167,7 +167,7 @@ def _write(folder: Path, trained: Trained, small: dict[str, Any], tensors: Mappi
         held[str(len(held))] = piece.tensor.detach().cpu().contiguous()
     _write_tensors(folder / _file_of(comm.rank()), held, metadata={"pieces": json.dumps(entries)})
     if comm.is_main():
-        _write_tensors(folder / TENSORS, {name: tensor.contiguous() for name, tensor in tensors.items()})
+        _write_tensors(folder / TENSORS, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
         (folder / STATE).write_text(json.dumps(small))
         flush(folder / STATE)
 
