@@ -8,12 +8,16 @@ the lengths, which every rank knows, so that all ranks run the same number of fo
 """
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+# What one more forward pass costs, in tokens of a full one: starting it, reading the weights, adding up gradients.
+PASS_COST = 1 / 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +223,7 @@ def plan_micro_batches(
     """Which rows each rank runs together, so that ranks are equally busy and little padding is computed.
 
     Rows go, longest first, to the rank with the fewest tokens so far (Graham 1969, longest processing time first);
-    each rank's rows are then cut, still in order of length, where their tokens would exceed the budget.
+    each rank's rows are then cut, still in order of length, into micro-batches within the budget with little padding.
 
     Args:
         lengths: (B,) tokens of each row.
@@ -237,22 +241,38 @@ def plan_micro_batches(
         tokens, number = heapq.heappop(load)
         rows_of[number].append(row)
         heapq.heappush(load, (tokens + sizes[row], number))
-    plans = [_cut(rows, sizes, token_budget, packed) for rows in rows_of]
+    plans = [cut_by_length(rows, sizes, token_budget=token_budget, packed=packed) for rows in rows_of]
     passes = max(len(plan) for plan in plans)
     empty: list[int] = []
     return [[torch.tensor(rows, dtype=torch.int64) for rows in plan + [empty] * (passes - len(plan))] for plan in plans]
 
 
-def _cut(rows: list[int], sizes: list[int], token_budget: int, packed: bool) -> list[list[int]]:
-    batches: list[list[int]] = []
-    tokens = 0
-    for row in rows:
-        # In order of length, so a padded micro-batch is as wide as its first row.
-        more = tokens + (sizes[row] if packed or not batches else sizes[batches[-1][0]])
-        if batches and more <= token_budget:
-            batches[-1].append(row)
-            tokens = more
-        else:
-            batches.append([row])
-            tokens = sizes[row]
-    return batches
+def cut_by_length(
+    rows: Sequence[int], sizes: Sequence[int], *, token_budget: int, packed: bool = False
+) -> list[Sequence[int]]:
+    """Rows in order of length, longest first, cut where it costs least: the tokens of all passes, padding included, and
+    for every pass as much as PASS_COST of the budget.
+
+    Args:
+        rows: row numbers, in order of `sizes`.
+        sizes: tokens, by row number.
+        token_budget, packed: as for `plan_micro_batches`.
+    """
+    cheapest, begins = [0.0], [0]  # of the first 0, 1, 2, ... rows; where their last micro-batch begins
+    for end in range(1, len(rows) + 1):
+        best, own = math.inf, 0
+        for begin in range(end - 1, -1, -1):
+            own += sizes[rows[begin]]
+            tokens = own if packed else (end - begin) * sizes[rows[begin]]
+            if tokens > token_budget and end - begin > 1:
+                break
+            if cheapest[begin] + tokens < best:
+                best, at = cheapest[begin] + tokens, begin
+        cheapest.append(best + PASS_COST * token_budget)
+        begins.append(at)
+    batches: list[Sequence[int]] = []
+    end = len(rows)
+    while end > 0:
+        batches.append(rows[begins[end] : end])
+        end = begins[end]
+    return batches[::-1]

@@ -19,7 +19,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from engine.rollout.kv_cache import preallocated_cache
+from engine.data.sequences import cut_by_length
+from engine.rollout.kv_cache import is_preallocated, preallocated_cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,7 @@ def sampled_responses(
     sampling: Sampling,
     eos_token_ids: Sequence[int],
     micro_batch_size: int,
+    prefill_tokens: int | None = None,
     limits: Sequence[int] | None = None,
     any_rank_active: Callable[[bool], bool] | None = None,
 ) -> Responses:
@@ -92,6 +94,7 @@ def sampled_responses(
         prompts: token ids, none empty.
         noise: (rows, max_response_tokens) uniform, from `noise_of_rows`.
         micro_batch_size: rows decoded at the same time.
+        prefill_tokens: of prompts in one forward pass, padding included; those of all these rows when not given.
         limits: (rows,) tokens that each response may have at most, from 1; max_response_tokens when not given.
         any_rank_active: a collective that says whether some rank still decodes. Without it ranks are independent.
     """
@@ -101,7 +104,7 @@ def sampled_responses(
     # Neighbours in length share a micro-batch: less left padding.
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     batches = [order[start : start + micro_batch_size] for start in range(0, len(order), micro_batch_size)]
-    given = dict(sampling=sampling, eos_token_ids=eos_token_ids, device=device)
+    given = dict(sampling=sampling, eos_token_ids=eos_token_ids, prefill_tokens=prefill_tokens, device=device)
     for rows in batches:
         asked = _Asked([prompts[row] for row in rows], noise[rows], [limits[row] for row in rows])
         found = _decoded(model, asked, any_rank_active=any_rank_active, **given)
@@ -123,7 +126,7 @@ def eos_token_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 
 class _Asked(NamedTuple):
-    """b rows that are decoded together."""
+    """b rows that are decoded together, of neighbouring lengths, shortest first."""
 
     prompts: list[Sequence[int]]
     noise: Tensor  # (b, max_response_tokens)
@@ -136,6 +139,7 @@ def _decoded(
     *,
     sampling: Sampling,
     eos_token_ids: Sequence[int],
+    prefill_tokens: int | None,
     device: torch.device,
     any_rank_active: Callable[[bool], bool] | None,
 ) -> Responses:
@@ -154,7 +158,7 @@ def _decoded(
         given = dict(attention_mask=mask, position_ids=position_ids, past_key_values=cache)
         return model(input_ids=input_ids, use_cache=True, logits_to_keep=1, **given).logits[:, -1].float()
 
-    logits, mask, cache = _prefilled(model, asked.prompts, longest, answer, device)
+    logits, mask, cache = _prefilled(model, asked.prompts, longest, answer, tokens=prefill_tokens, device=device)
     position_ids, width = mask.sum(1, keepdim=True) - longest, mask.shape[1] - longest
     for step in range(longest):
         never = eos if step < sampling.min_response_tokens else None
@@ -179,12 +183,19 @@ def _decoded(
 
 
 def _prefilled(
-    model: PreTrainedModel, prompts: list[Sequence[int]], room: int, answer: Callable[..., Tensor], device: torch.device
+    model: PreTrainedModel,
+    prompts: list[Sequence[int]],
+    room: int,
+    answer: Callable[..., Tensor],
+    *,
+    tokens: int | None,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor, DynamicCache]:
-    """The prompts, read.
+    """Prompts of neighbouring lengths in passes of their own, for little padding, and one cache for all.
 
     Args:
         room: columns to leave for responses.
+        tokens: of one pass at most, padding included.
 
     Returns:
         logits (b, V) after the prompts; the mask (b, widest + room), left-padded, response columns included: they are
@@ -193,13 +204,27 @@ def _prefilled(
     sizes = [len(prompt) for prompt in prompts]
     widest = max(sizes)
     mask = torch.arange(widest + room) >= widest - torch.tensor(sizes)[:, None]
-    input_ids = torch.zeros(len(prompts), widest, dtype=torch.int64)
-    for line, prompt in enumerate(prompts):
-        input_ids[line, widest - len(prompt) :] = torch.as_tensor(prompt)
-    input_ids, mask = input_ids.to(device), mask.to(device)
-    position_ids = (mask[:, :widest].cumsum(1) - 1).clamp(min=0)
     cache = preallocated_cache(model.config, widest + room)
-    return answer(input_ids, mask[:, :widest], position_ids, cache), mask, cache
+    by_length = sorted(range(len(sizes)), key=lambda row: -sizes[row])
+    parts = cut_by_length(by_length, sizes, token_budget=tokens or widest * len(sizes))
+    if len(parts) == 1 or not is_preallocated(cache):
+        parts = [range(len(sizes))]
+    logits = None
+    for part in parts:
+        rows = torch.tensor(part)
+        width = max(sizes[row] for row in part)
+        input_ids = torch.zeros(len(part), width, dtype=torch.int64)
+        for line, row in enumerate(part):
+            input_ids[line, width - sizes[row] :] = torch.as_tensor(prompts[row])
+        own_mask = mask[rows, widest - width : widest].to(device)
+        position_ids = (own_mask.cumsum(1) - 1).clamp(min=0)
+        own = cache if len(parts) == 1 else preallocated_cache(model.config, width)
+        said = answer(input_ids.to(device), own_mask, position_ids, own)
+        logits = said.new_empty(len(sizes), said.shape[1]) if logits is None else logits
+        logits[rows.to(device)] = said
+        for whole, layer in zip(cache.layers, own.layers, strict=True) if own is not cache else ():
+            whole.take(rows.to(device), layer, of=len(sizes), length=widest)
+    return logits, mask.to(device), cache
 
 
 def _filters(sampling: Sampling) -> LogitsProcessorList:

@@ -32,6 +32,22 @@ class PreallocatedLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return self.length
 
+    def take(self, rows: Tensor, part: "PreallocatedLayer", *, of: int, length: int) -> None:
+        """Put in what another layer holds of these rows, at the right of the first `length` columns; zeros before.
+
+        Args:
+            rows: (b,) of `of` rows in all.
+        """
+        if not self.is_initialized:
+            self.dtype, self.device, self.is_initialized = part.dtype, part.device, True
+            self.keys, self.values = (
+                states.new_zeros(of, states.shape[1], self.capacity, states.shape[3])
+                for states in (part.keys, part.values)
+            )
+        self.length = length
+        self.keys[rows, :, length - part.length : length] = part.keys[:, :, : part.length]
+        self.values[rows, :, length - part.length : length] = part.values[:, :, : part.length]
+
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows."""
         self.keys, self.values = self.keys.index_select(0, indices), self.values.index_select(0, indices)
@@ -42,3 +58,8 @@ def preallocated_cache(config: PreTrainedConfig, capacity: int) -> DynamicCache:
     cache = DynamicCache(config=config)
     cache.layers = [PreallocatedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def is_preallocated(cache: DynamicCache) -> bool:
+    """Whether all of its layers are."""
+    return all(isinstance(layer, PreallocatedLayer) for layer in cache.layers)

@@ -58,6 +58,7 @@ class Sampler:
                     sampling=self.sampling,
                     eos_token_ids=self.eos_token_ids,
                     micro_batch_size=self.config.rollout_micro_batch_size,
+                    prefill_tokens=self.config.micro_batch_tokens,
                     limits=limits,
                     any_rank_active=comm.any_true if sharded else None,
                 )

@@ -1,13 +1,14 @@
 """sequences.py against slow Python: lists of lists in place of flat tensors."""
 
 import itertools
+import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.data.sequences import Sequences, plan_micro_batches, ragged_index
+from engine.data.sequences import Sequences, cut_by_length, plan_micro_batches, ragged_index
 
 # (prompt, response) lengths; responses of 0, 1 and many tokens
 LENGTHS = st.lists(st.tuples(st.integers(1, 6), st.integers(0, 7)), min_size=1, max_size=9)
@@ -232,12 +233,32 @@ def test_the_plan_keeps_its_promises(lengths, budget, num_ranks):
     for rank in plan:
         sizes = [[lengths[row] for row in rows.tolist()] for rows in rank]
         assert all(len(micro) <= 1 or len(micro) * max(micro) <= budget for micro in sizes)
-        # No forward pass more than needed: the next row never fitted into the batch before it.
         full = [micro for micro in sizes if micro]
         assert sizes[: len(full)] == full
-        for here, following in itertools.pairwise(full):
-            assert (len(here) + 1) * max(here) > budget and min(here) >= max(following)
+        assert all(min(here) >= max(following) for here, following in itertools.pairwise(full))
         assert all(rows.dtype == torch.int64 for rows in rank)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=9), st.integers(1, 120), st.booleans())
+def test_no_other_cut_costs_less(lengths, budget, packed):
+    """Of all ways to cut rows in this order. Whole numbers: eight times the tokens."""
+    sizes = sorted(lengths, reverse=True)
+
+    def cost(parts):
+        tokens = [sum(part) if packed else len(part) * part[0] for part in parts]
+        if any(own > budget and len(part) > 1 for own, part in zip(tokens, parts, strict=True)):
+            return math.inf
+        return 8 * sum(tokens) + budget * len(parts)
+
+    def cuts(rows):
+        yield [rows]
+        for first in range(1, len(rows)):
+            yield from ([rows[:first], *rest] for rest in cuts(rows[first:]))
+
+    found = cut_by_length(range(len(sizes)), sizes, token_budget=budget, packed=packed)
+    assert [row for part in found for row in part] == list(range(len(sizes)))
+    assert cost([[sizes[row] for row in part] for part in found]) == min(map(cost, cuts(sizes)))
 
 
 def test_the_plan_by_hand():
@@ -281,5 +302,5 @@ def test_the_plan_of_packed_rows_by_hand():
     lengths = torch.tensor([5, 2, 1, 1, 1])
     ((*padded,),) = plan_micro_batches(lengths, token_budget=10, num_ranks=1)
     ((*packed,),) = plan_micro_batches(lengths, token_budget=10, num_ranks=1, packed=True)
-    assert [rows.tolist() for rows in padded] == [[0, 1], [2, 3, 4]]
+    assert [rows.tolist() for rows in padded] == [[0], [1], [2, 3, 4]]
     assert [rows.tolist() for rows in packed] == [[0, 1, 2, 3, 4]]

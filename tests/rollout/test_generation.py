@@ -61,11 +61,17 @@ def generate(model, asked, **given):
     return sample(model, asked, **given).tokens
 
 
-def sample(model, asked, *, seed=0, eos=(EOS,), micro_batch_size=100, noise=None, limits=None, **sampling):
+ONE_PASS = 10**6  # prefill_tokens with which all prompts are read in one
+
+
+def sample(
+    model, asked, *, seed=0, eos=(EOS,), micro_batch_size=100, prefill_tokens=None, noise=None, limits=None, **sampling
+):
     sampling = Sampling(**dict(max_response_tokens=16) | sampling)
     if noise is None:
         noise = noise_of_rows([(seed, row) for row in range(len(asked))], sampling.max_response_tokens)
     given = dict(sampling=sampling, eos_token_ids=eos, micro_batch_size=micro_batch_size, limits=limits)
+    given["prefill_tokens"] = prefill_tokens
     return sampled_responses(model.model, asked, noise, **given)
 
 
@@ -195,7 +201,7 @@ class Passes:
 def test_finished_rows_leave_the_batch(loaded):
     model = loaded["llama"]
     with Passes(model.model) as passes:
-        responses = generate(model, prompts(), eos=MANY_EOS)
+        responses = generate(model, prompts(), eos=MANY_EOS, prefill_tokens=ONE_PASS)
     lengths = [len(response) for response in responses]
     alive = [sum(length > step for length in lengths) for step in range(max(lengths))]
     assert [rows for rows, _ in passes.inputs] == alive
@@ -205,8 +211,27 @@ def test_finished_rows_leave_the_batch(loaded):
 
 def test_micro_batches_hold_prompts_of_similar_lengths(loaded):
     with Passes(loaded["llama"].model) as passes:
-        generate(loaded["llama"], prompts(), micro_batch_size=3, max_response_tokens=1)
+        generate(loaded["llama"], prompts(), micro_batch_size=3, max_response_tokens=1, prefill_tokens=ONE_PASS)
     assert passes.inputs == [(3, 4), (3, 9), (2, 20)]  # lengths 1 2 4 | 5 7 9 | 13 20
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_are_read_with_little_padding_and_written_on_as_one(loaded, family):
+    """Lengths 20 | 13 | 9 7 | 5 4 | 2 1 where a pass more costs 3 tokens: 20 + 13 + 18 + 10 + 4 + 5 x 3. Layers with a
+    window have no columns to be put together in.
+    """
+    given = dict(eos=MANY_EOS, temperature=0.7)
+    with Passes(loaded[family].model) as passes:
+        found = sample(loaded[family], prompts(), prefill_tokens=24, **given)
+    if "window" in family:
+        assert passes.inputs[0] == (8, 20)
+    else:
+        assert passes.inputs[:5] == [(1, 20), (1, 13), (2, 9), (2, 5), (2, 2)]
+    wanted = sample(loaded[family], prompts(), prefill_tokens=ONE_PASS, **given)
+    assert found.tokens == wanted.tokens
+    for name in Responses._fields[1:]:
+        for one, other in zip(getattr(found, name), getattr(wanted, name), strict=True):
+            assert one == pytest.approx(other, abs=1e-4)
 
 
 # Where a response ends
@@ -421,7 +446,7 @@ def test_logprobs_while_sampling_are_those_of_the_update(loaded, family):
     """What a token was drawn with, left-padded and from the cache, is what the right-padded forward pass says."""
     model, temperature = loaded[family], 0.7
     with Passes(model.model) as passes:
-        found = sample(model, prompts(), eos=MANY_EOS, temperature=temperature)
+        found = sample(model, prompts(), eos=MANY_EOS, temperature=temperature, prefill_tokens=ONE_PASS)
     responses = found.tokens
     order = sorted(range(8), key=lambda row: len(prompts()[row]))
     sampled = [[] for _ in range(8)]
