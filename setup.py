@@ -44,6 +44,6 @@ setup(
     extras_require={
         "quantization": QUANTIZATION,
         "test": ["pytest>=9.0,<10", "hypothesis>=6.170,<7", "ruff>=0.17,<0.18", *QUANTIZATION],
-        "bench": ["trl==1.11.0", "accelerate>=1.15,<2"],
+        "bench": ["trl==1.11.0", "accelerate>=1.15,<2", "matplotlib>=3.11,<4"],
     },
 )
