@@ -29,7 +29,7 @@ WHERE = {
         ("engine.distributed.checkpoint:_write_manifest", 4),
         ("engine.distributed.checkpoint:put_in_place", 4),
         ("engine.distributed.checkpoint:remove_others", 4),
-        ("engine.tracking:Tracker._write", 8),
+        ("engine.tracking.tracker:Tracker._write", 8),
     ],
 }
 

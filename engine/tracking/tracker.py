@@ -1,20 +1,5 @@
-"""Metrics and samples of a run, from global rank 0: a progress line, `metrics.jsonl`, `samples.jsonl` and W&B.
+"""What a run reports, from global rank 0."""
 
-The names every PPO iteration reports:
-
-    score/mean score/std score/failed          of whole responses; how many nobody could score
-    reward/kl_penalty kl/ref_mean kl/coef      the penalty and the KL to the ref per response, and the coefficient
-    loss/policy loss/value                     means over the response tokens of all ranks
-    policy/clip_fraction policy/approx_kl policy/ratio_max policy/first_log_ratio_max policy/entropy
-    value/explained_variance value/clip_fraction
-    response/length_mean response/eos_fraction
-    grad_norm/actor grad_norm/critic lr/actor lr/critic
-    skipped/steps                              since the run started
-    time/generate_s time/score_s time/train_s speed/response_tokens_per_s memory/peak_gib
-"""
-
-import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,10 +9,10 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from engine.config import PPOConfig, SupervisedConfig, TrackingConfig, as_dict
+from engine.config import PPOConfig, SupervisedConfig, as_dict
 from engine.config.secrets import shown as shown_settings
-
-FILES = ("metrics.jsonl", "samples.jsonl", "warnings.jsonl", "quarantine.jsonl")
+from engine.tracking.files import FILES, as_line, cut_after, set_aside
+from engine.tracking.wandb_run import wandb_run
 
 
 class Tracker:
@@ -66,15 +51,15 @@ class Tracker:
             output_dir.mkdir(parents=True, exist_ok=True)
             for name in FILES:
                 if resumed_at > 0:
-                    _cut_after(output_dir / name, resumed_at)
+                    cut_after(output_dir / name, resumed_at)
                 else:
-                    _set_aside(output_dir / name)
+                    set_aside(output_dir / name)
             (output_dir / "config.yaml").write_text(yaml.safe_dump(run_config, sort_keys=False))
             (output_dir / "metrics.jsonl").touch()
         except OSError as error:
             raise ValueError(f"output_dir={output_dir} cannot be written to: {error}") from error
         self.bar = tqdm(total=num_iterations, initial=resumed_at, unit="iteration", disable=not sys.stderr.isatty())
-        self.wandb = _wandb_run(output_dir, config.tracking, run_config, wandb_id)
+        self.wandb = wandb_run(output_dir, config.tracking, run_config, wandb_id)
 
     @property
     def wandb_id(self) -> str | None:
@@ -103,6 +88,22 @@ class Tracker:
         print(f"Warning: iteration {iteration}: {sentence}", flush=True)
         self._write("warnings", [{"iteration": iteration, "warning": name, "sentence": sentence}])
 
+    def evaluation(self, iteration: int, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
+        """The held-out prompts after an iteration: `evaluation.jsonl`, and each response in `evaluation_samples.jsonl`.
+
+        Args:
+            metrics: names begin with `eval/`.
+        """
+        if not self.is_main:
+            return
+        self._write("evaluation", [{"iteration": iteration, **metrics}])
+        self._write("evaluation_samples", [{"iteration": iteration, **row} for row in samples])
+
+    def token_view(self, iteration: int, view: dict[str, Any]) -> None:
+        """One response token by token, in `token_views.jsonl`."""
+        if self.is_main:
+            self._write("token_views", [{"iteration": iteration, **view}])
+
     def quarantine(self, rows: list[dict[str, Any]]) -> None:
         """Responses with which a step could not be taken, in `quarantine.jsonl`."""
         if self.is_main:
@@ -114,7 +115,7 @@ class Tracker:
             return
         try:
             for name in FILES:
-                _cut_after(self.output_dir / name, iteration)
+                cut_after(self.output_dir / name, iteration)
         except OSError as error:
             print(f"WARNING: {self.output_dir / name} CANNOT BE WRITTEN ({error}); the run goes on.", flush=True)
         self.bar.reset()
@@ -126,7 +127,7 @@ class Tracker:
             return
         try:
             with open(self.output_dir / f"{name}.jsonl", "a", encoding="utf-8") as file:
-                file.writelines(_line(row) for row in rows)
+                file.writelines(as_line(row) for row in rows)
         except OSError as error:
             print(f"WARNING: {name}.jsonl CANNOT BE WRITTEN ({error}); the run goes on.", flush=True)
 
@@ -156,58 +157,5 @@ class Tracker:
         if self.wandb is not None:
             try:
                 self.wandb.finish(exit_code=0 if error is None else 1)
-            except Exception as failure:  # as in _to_wandb
+            except Exception as failure:  # the network, the disk, the service
                 print(f"W&B did not close its run ({type(failure).__name__}: {failure}).", flush=True)
-
-
-def _line(row: dict[str, Any]) -> str:
-    # JSON has no NaN or inf: a number that is not finite is written as null.
-    plain = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
-    return json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _set_aside(path: Path) -> None:
-    if path.exists() and path.stat().st_size > 0:  # a run that failed at its start leaves an empty one
-        print(f"{path} is from an earlier run: kept as {path.stem}.previous{path.suffix}.", flush=True)
-        path.replace(path.with_name(f"{path.stem}.previous{path.suffix}"))
-
-
-def _cut_after(path: Path, iteration: int) -> None:
-    """Leave the lines of iterations up to this one; a line that broke off goes too."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").split("\n"):  # not splitlines(): texts hold other ends of lines
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if row["iteration"] <= iteration:
-            kept.append(f"{line}\n")
-    half_done = path.with_name(path.name + ".partial")
-    half_done.write_text("".join(kept), encoding="utf-8")
-    half_done.replace(path)
-
-
-def _wandb_run(output_dir: Path, config: TrackingConfig, run_config: dict[str, Any], wandb_id: str | None):
-    if config.wandb == "disabled":
-        return None
-    try:
-        import wandb
-
-        run = wandb.init(
-            project=config.project,
-            name=config.run_name,
-            dir=str(output_dir),
-            config=run_config,
-            mode=config.wandb,
-            id=wandb_id,
-            resume=None if wandb_id is None else "allow",
-            settings=wandb.Settings(silent=True),
-        )
-        run.define_metric("iteration")
-        run.define_metric("*", step_metric="iteration")
-        return run
-    except Exception as error:  # as in _to_wandb
-        print(f"W&B did not start ({type(error).__name__}: {error}); going on without it.", flush=True)
-        return None
