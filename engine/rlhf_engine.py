@@ -244,6 +244,7 @@ class DeepSpeedRLHFEngine:
             total_steps=self.total_steps,
             weight_decay=config.weight_decay,
             betas=(config.adam_beta1, config.adam_beta2),
+            epsilon=config.adam_epsilon,
             max_grad_norm=config.max_grad_norm,
             gradient_checkpointing=config.gradient_checkpointing,
         )

@@ -44,6 +44,7 @@ def supervised_engine(
         total_steps=total_steps,
         weight_decay=config.weight_decay,
         betas=(config.adam_beta1, config.adam_beta2),
+        epsilon=config.adam_epsilon,
         max_grad_norm=config.max_grad_norm,
         gradient_checkpointing=config.gradient_checkpointing,
     )

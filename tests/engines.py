@@ -40,6 +40,7 @@ def trained(build, ds_config: Path, *, dtype: str = "float32", **given):
         total_steps=100,
         weight_decay=0.01,
         betas=(0.9, 0.95),
+        epsilon=1e-8,
         max_grad_norm=0.0,
         gradient_checkpointing=False,
     )

@@ -473,7 +473,13 @@ def test_sizes_that_work_are_suggested_at_once():
 
 @pytest.mark.parametrize(
     ("role", "field", "value"),
-    [("", "gamma", 10), ("", "lam", -0.1), ("actor", "adam_beta2", 1.0), ("actor", "weight_decay", -3)],
+    [
+        ("", "gamma", 10),
+        ("", "lam", -0.1),
+        ("actor", "adam_beta2", 1.0),
+        ("actor", "adam_epsilon", 0.0),
+        ("actor", "weight_decay", -3),
+    ],
 )
 def test_numbers_outside_their_range(role, field, value):
     with pytest.raises(ValueError, match=f"{field}={value} must"):

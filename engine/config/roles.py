@@ -83,6 +83,8 @@ class OptimizerConfig:
 
     Attributes:
         learning_rate: the peak; reached after `warmup_steps` optimizer steps and then changed by `lr_scheduler`.
+        adam_epsilon: added to the root of the second moment. Where a gradient is as small as this, rounding decides how
+            far a weight moves; PPO is often run with 1e-5 (Huang et al. 2024, https://arxiv.org/abs/2403.17031).
         max_grad_norm: gradients are scaled down to this global norm; 0 switches clipping off.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
         lora: train an adapter in place of the weights; `lora: {}` takes the defaults.
@@ -94,6 +96,7 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
+    adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
     lora: LoRAConfig | None = None
@@ -106,6 +109,8 @@ class OptimizerConfig:
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1.")
+        if not self.adam_epsilon > 0:
+            raise ValueError(f"adam_epsilon={self.adam_epsilon} must be above 0.")
 
     @property
     def has_adapter(self) -> bool:

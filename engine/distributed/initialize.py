@@ -44,6 +44,7 @@ def trained_engine(
     total_steps: int,
     weight_decay: float,
     betas: tuple[float, float],
+    epsilon: float,
     max_grad_norm: float,
     gradient_checkpointing: bool,
     adapter_learning_rate: float | None = None,
@@ -74,7 +75,7 @@ def trained_engine(
         {"params": others, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]  # DeepSpeed drops an empty one, and the schedule misses it
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=epsilon, fused=True)
     # transformers' "constant" has no warm-up.
     lr_scheduler = "constant_with_warmup" if lr_scheduler == "constant" else lr_scheduler
     scheduler = get_scheduler(lr_scheduler, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps)

@@ -187,11 +187,15 @@ def test_the_learning_rate_of_every_step(run_ranks, scheduler, warmup_steps, wan
 
 def optimizer_groups(kind, strict_z3):
     engine = engines.trained(
-        engines.language_builder(tiny.GPT2), engines.ds_file(kind, strict_z3), betas=(0.8, 0.7), weight_decay=0.3
+        engines.language_builder(tiny.GPT2),
+        engines.ds_file(kind, strict_z3),
+        betas=(0.8, 0.7),
+        epsilon=1e-4,
+        weight_decay=0.3,
     )
     seen = []
     for group in engine.optimizer.param_groups:
-        seen.append((group["weight_decay"], tuple(group["betas"]), group["lr"]))
+        seen.append((group["weight_decay"], tuple(group["betas"]), group["eps"], group["lr"]))
     return seen
 
 
@@ -199,7 +203,7 @@ def optimizer_groups(kind, strict_z3):
 def test_the_optimizer_has_the_runs_numbers(run_ranks, strict_z3, kind):
     """Matrices decay, vectors do not."""
     for seen in run_ranks(optimizer_groups, kind, strict_z3):
-        assert seen == [(0.3, (0.8, 0.7), 1e-3), (0.0, (0.8, 0.7), 1e-3)]
+        assert seen == [(0.3, (0.8, 0.7), 1e-4, 1e-3), (0.0, (0.8, 0.7), 1e-4, 1e-3)]
 
 
 def decayed_by_one_step(kind, strict_z3):
