@@ -158,7 +158,10 @@ class DeepSpeedRLHFEngine:
         with comm.same_error_everywhere():
             mine = self.given(queries, responses, caller="reward_scores()")
         scores = reward_model_scores(
-            sequences_of_all_ranks(mine), self.reward, token_budget=self.args.micro_batch_tokens
+            sequences_of_all_ranks(mine),
+            self.reward,
+            token_budget=self.args.micro_batch_tokens,
+            gather_weights=self.args.rollout.weights == "gathered",
         )
         before = comm.concatenated(torch.tensor([len(mine)], device=comm.device())).cpu()[: comm.rank()].sum()
         return scores[int(before) : int(before) + len(mine)].tolist()

@@ -21,8 +21,9 @@ class RolloutConfig:
             `recomputed` in a forward pass over whole responses, as in training; or `drawn`, which the rollout comes
             by, without that pass. The two differ by rounding, by some 1e-6 nats in float32; in 16 bits `drawn` is
             refused. (`DeepSpeedPPOTrainer.step` is given responses alone, and computes.)
-        weights: under ZeRO-3, `gathered` holds the whole actor on every rank during the rollout (fast), `sharded`
-            gathers every layer for every token, all ranks in step (slow, fits anywhere).
+        weights: under ZeRO-3, `gathered` holds the whole actor on every rank during the rollout, and then one model
+            after the other while responses are measured, where it takes at most half of the memory that is free (fast);
+            `sharded` gathers every layer for every token and every pass, all ranks in step (slow, fits anywhere).
         environment: `module:class`, whose `reply(conversation)` answers the actor as the user, or ends the episode with
             None; see `engine.rollout.episodes`. `max_response_tokens` is then of all that follows the prompt, and
             `min_response_tokens` of each turn.

@@ -1,11 +1,12 @@
 """Whole weights out of ZeRO-3 shards, for the length of a block.
 
-DeepSpeed 0.19's private names are used here: `engine.optimizer.parameter_offload` (the owner of ZeRO-3's module hooks),
-its `forward_hooks`, `backward_hooks` and `_register_deepspeed_module`. `tests/distributed/test_gather.py` holds them.
+DeepSpeed 0.19's private names are used here: `engine.optimizer.parameter_offload`, or of a frozen engine
+`engine.optimizer` itself (the owner of ZeRO-3's module hooks), its `forward_hooks`, `backward_hooks` and
+`_register_deepspeed_module`. `tests/distributed/test_gather.py` holds them.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import deepspeed
 import psutil
@@ -14,7 +15,7 @@ from deepspeed import DeepSpeedEngine
 from torch import nn
 
 from engine.distributed import comm
-from engine.distributed.initialize import parameter_bytes, stage_of
+from engine.distributed.initialize import Switched, parameter_bytes, stage_of
 from engine.models.modes import eval_mode
 
 
@@ -30,6 +31,8 @@ def gathered_for_generation(engine: DeepSpeedEngine) -> Iterator[nn.Module]:
     Raises:
         ValueError: on every rank, when the whole model does not fit into the memory that is free.
     """
+    if stage_of(engine) == 3:
+        _check_it_fits(engine)
     with eval_mode(engine.module), _unsharded(engine) if stage_of(engine) == 3 else nullcontext():
         yield engine.module
 
@@ -44,12 +47,28 @@ def sharded_for_generation(engine: DeepSpeedEngine) -> Iterator[nn.Module]:
         yield engine.module
 
 
+@contextmanager
+def gathered_for_scoring(*engines: DeepSpeedEngine | Switched) -> Iterator[None]:
+    """The engines' weights, whole for the length of a block of forward passes without gradients: one all-gather per
+    parameter per block, and none per pass. Where a model would take more than half of the memory that is free on some
+    rank it is left in its shards: activations need room too.
+
+    A collective: every rank must enter, and every rank must leave.
+    """
+    own = {id(engine): engine for engine in (e.engine if isinstance(e, Switched) else e for e in engines)}
+    with ExitStack() as whole:
+        for engine in own.values():
+            if stage_of(engine) == 3 and 2 * parameter_bytes(engine) <= _least_free():
+                whole.enter_context(_unsharded(engine))
+        yield
+
+
 def gathered(parameters: Iterable[nn.Parameter]):
-    """These parameters whole, for reading, for the length of the block; no-op for parameters that are not sharded.
+    """These parameters whole, for reading, for the length of the block; no-op for parameters that are whole already.
 
     A collective under ZeRO-3.
     """
-    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    sharded = [parameter for parameter in parameters if is_sharded(parameter)]
     return deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext()
 
 
@@ -60,8 +79,7 @@ def is_sharded(parameter: nn.Parameter) -> bool:
 
 @contextmanager
 def _unsharded(engine: DeepSpeedEngine) -> Iterator[None]:
-    _check_it_fits(engine)
-    zero3 = engine.optimizer.parameter_offload
+    zero3 = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
         for hook in (*zero3.forward_hooks, *zero3.backward_hooks):
             hook.remove()
@@ -73,16 +91,20 @@ def _unsharded(engine: DeepSpeedEngine) -> Iterator[None]:
 
 
 def _check_it_fits(engine: DeepSpeedEngine) -> None:
-    needed = parameter_bytes(engine)
-    if comm.device().type == "cuda":
-        # What torch's allocator holds idle since the last phase is as good as free.
-        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    else:
-        free = psutil.virtual_memory().available // comm.world_size()
-    least = -comm.max_over_ranks(-free)
+    needed, least = parameter_bytes(engine), _least_free()
     if needed >= least:
         raise ValueError(
             f"The whole actor takes {needed / 2**30:.1f} GiB on every rank during generation, and one rank has only "
             f"{least / 2**30:.1f} GiB free. Set --rollout.weights sharded to generate from the shards, slower; or use "
             f"more GPUs, or a smaller rollout.micro_batch_size."
         )
+
+
+def _least_free() -> float:
+    """Bytes free on the rank that has the least. A collective."""
+    if comm.device().type == "cuda":
+        # What torch's allocator holds idle since the last phase is as good as free.
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    else:
+        free = psutil.virtual_memory().available // comm.world_size()
+    return -comm.max_over_ranks(-free)

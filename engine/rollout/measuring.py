@@ -5,18 +5,18 @@ Every rank measures the rows that the plan deals it; adding the ranks' zero-fill
 one rank is thereby NaN on all. What a rollout says of its own rows is put together row after row.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from engine.algorithms.kl import sampled_kl
 from engine.algorithms.logprobs import chunked_full_kl
-from engine.data.sequences import Sequences
+from engine.data.sequences import MicroBatch, Sequences
 from engine.distributed import comm
-from engine.distributed.gather import gathered
+from engine.distributed.gather import gathered, gathered_for_scoring
 from engine.distributed.initialize import Engine, Switched
 from engine.distributed.micro_batches import my_micro_batches, one_number_per_row
 from engine.rollout.generation import Responses
@@ -60,6 +60,7 @@ def measure(
     temperature: float,
     chunk_tokens: int,
     token_budget: int,
+    gather_weights: bool = True,
 ) -> Measurements:
     """Log-probs, KL and values of all responses. A collective.
 
@@ -69,6 +70,7 @@ def measure(
         recomputed: the actor's log-probabilities and entropies come from a forward pass of its own and not from
             `drawn`. The full KL, and values from the actor's own head, need one.
         critic: None where advantages need no values, or where the actor has a value head.
+        gather_weights: under ZeRO-3, hold one model after the other whole; see `gathered_for_scoring`.
     """
     for engine in filter(None, (actor, ref, critic)):
         engine.eval()
@@ -78,17 +80,35 @@ def measure(
     names = ("ref_logprobs", *of_actor, *of_critic, *(("kl",) if kl_estimator == "full" else ()))
     mine = {name: torch.zeros(sequences.num_response_tokens, device=comm.device()) for name in names}
     given = dict(temperature=temperature, chunk_tokens=chunk_tokens)
-    for batch in my_micro_batches(sequences, token_budget=token_budget):
-        asked, at = (batch.input_ids, batch.positions, batch.targets), batch.response_tokens
-        theirs = ref(*asked, **given)
-        mine["ref_logprobs"][at] = theirs.logprobs
-        if recomputed:
-            ours = actor(*asked, with_entropy=True, **given)
-            mine["logprobs"][at], mine["entropy"][at] = ours.logprobs, ours.entropy
-        if kl_estimator == "full":
-            mine["kl"][at] = _full_kl(actor, ref, ours.hidden, theirs.hidden, given)
-        if of_critic:
-            mine["values"][at] = ours.values if critic is None else critic(batch.input_ids, batch.positions)
+
+    def ask_ref(batch: MicroBatch) -> Any:
+        theirs = ref(batch.input_ids, batch.positions, batch.targets, **given)
+        mine["ref_logprobs"][batch.response_tokens] = theirs.logprobs
+        return theirs
+
+    def ask_actor(batch: MicroBatch) -> Any:
+        ours = actor(batch.input_ids, batch.positions, batch.targets, with_entropy=True, **given)
+        at = batch.response_tokens
+        mine["logprobs"][at], mine["entropy"][at] = ours.logprobs, ours.entropy
+        if of_critic and critic is None:
+            mine["values"][at] = ours.values
+        return ours
+
+    def ask_both(batch: MicroBatch) -> None:
+        ours, theirs = ask_actor(batch), ask_ref(batch)
+        mine["kl"][batch.response_tokens] = _full_kl(actor, ref, ours.hidden, theirs.hidden, given)
+
+    def ask_critic(batch: MicroBatch) -> None:
+        mine["values"][batch.response_tokens] = critic(batch.input_ids, batch.positions)
+
+    of_policies = [(ask_ref, [ref]), *([(ask_actor, [actor])] if recomputed else [])]
+    passes = [(ask_both, [actor, ref])] if kl_estimator == "full" else of_policies
+    passes += [(ask_critic, [critic])] if critic is not None else []
+    batches = list(my_micro_batches(sequences, token_budget=token_budget))
+    for ask, asked in passes:
+        with gathered_for_scoring(*asked) if gather_weights else nullcontext(), _held(*asked):
+            for batch in batches:
+                ask(batch)
     together = comm.sum_over_ranks(torch.stack([mine[name] for name in names])).cpu()
     found = ({} if drawn is None else drawn._asdict()) | dict(zip(names, together, strict=True))
     found.setdefault("behaviour_logprobs", found["logprobs"])
@@ -97,13 +117,24 @@ def measure(
     return Measurements(**{"values": None} | found)
 
 
-def reward_model_scores(sequences: Sequences, reward: Engine | Switched, *, token_budget: int) -> Tensor:
-    """(B,) fp32 on the CPU: the reward model's number at the last real token of each row. A collective."""
+def reward_model_scores(
+    sequences: Sequences, reward: Engine | Switched, *, token_budget: int, gather_weights: bool = True
+) -> Tensor:
+    """(B,) fp32 on the CPU: the reward model's number at the last real token of each row. A collective.
+
+    Args:
+        gather_weights: as for `measure`.
+    """
     reward.eval()
-    with reward.held() if isinstance(reward, Switched) else nullcontext():
+    with gathered_for_scoring(reward) if gather_weights else nullcontext(), _held(reward):
         return one_number_per_row(
             lambda batch: reward(batch.input_ids, batch.last_positions), sequences, token_budget=token_budget
         )
+
+
+def _held(*asked: Engine | Switched) -> AbstractContextManager:
+    """An engine that is asked alone, changed over once and not for every pass."""
+    return asked[0].held() if len(asked) == 1 and isinstance(asked[0], Switched) else nullcontext()
 
 
 def drawn_on_all_ranks(mine: Responses) -> Drawn:

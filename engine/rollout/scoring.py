@@ -86,7 +86,12 @@ class Scoring:
             theirs = sequences
             if self.reward_tokenizer is not None:
                 theirs = self._in_the_reward_models_words(prompts, responses, texts, conversations)
-            scores = reward_model_scores(theirs, self.reward, token_budget=self.config.micro_batch_tokens)
+            scores = reward_model_scores(
+                theirs,
+                self.reward,
+                token_budget=self.config.micro_batch_tokens,
+                gather_weights=self.config.rollout.weights == "gathered",
+            )
             total += settings.model_weight * scores
         if self.function is not None:
             total += settings.function_weight * self._asked(self._of_function, prompts, texts, failed)

@@ -242,6 +242,7 @@ class DeepSpeedPPOTrainer:
             temperature=self.config.rollout.temperature,
             chunk_tokens=self.config.logits_chunk_tokens,
             token_budget=self.config.micro_batch_tokens,
+            gather_weights=self.config.rollout.weights == "gathered",
         )
         shaped_scores = self.shaped(scored, sequences)
         self.unscored = int(scored.failed.sum())

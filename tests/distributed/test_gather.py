@@ -11,7 +11,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from engine.distributed import comm
-from engine.distributed.gather import gathered_for_generation, is_sharded, sharded_for_generation
+from engine.distributed.gather import (
+    gathered_for_generation,
+    gathered_for_scoring,
+    is_sharded,
+    sharded_for_generation,
+)
 from engine.rollout.generation import Sampling, generate_responses, noise_of_rows
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
@@ -89,6 +94,50 @@ def test_gathered_writes_what_sharded_writes_with_one_all_gather_per_parameter(r
             # The counter counts: sharded, every token gathers anew.
             assert rank["all-gathers", "sharded", tokens] >= tokens
         assert rank["all-gathers", "gathered", 4] == rank["all-gathers", "gathered", 12], "none per token"
+
+
+def passes_and_gathers(engine, gather: bool, passes: int = 3):
+    """What an engine says in so many passes, and the all-gathers that it takes."""
+    batch = engines.rows().padded(torch.arange(2), comm.device())
+    with profile(activities=[ProfilerActivity.CPU]) as seen, torch.no_grad(), contextlib.ExitStack() as whole:
+        if gather:
+            whole.enter_context(gathered_for_scoring(engine))
+        asked = (batch.input_ids, batch.positions, batch.targets)
+        said = [engine(*asked, temperature=1.0, chunk_tokens=8).logprobs for _ in range(passes)]
+    names = [event.name.lower() for event in seen.events()]
+    return said, sum(name.startswith("c10d::") and "allgather" in name.replace("_", "") for name in names)
+
+
+def score_gathered_and_sharded(strict_z3):
+    found = []
+    for engine in (
+        engines.actor(tiny.LLAMA, strict_z3),
+        engines.frozen(tiny.GPT2, strict_z3),
+    ):
+        engine.eval()
+        whole, gathers = passes_and_gathers(engine, True)
+        kept = all_sharded(engine)
+        pieces, gathers_of_pieces = passes_and_gathers(engine, False)
+        same = all(torch.equal(*both) for both in zip(whole, pieces, strict=True))
+        # One rank without memory: none gathers.
+        original = psutil.virtual_memory
+        if comm.rank() == 1:
+            psutil.virtual_memory = lambda: original()._replace(available=1000)  # noqa: B023 - undone below
+        try:
+            _, gathers_without_room = passes_and_gathers(engine, True)
+        finally:
+            psutil.virtual_memory = original
+        parameters = len(list(engine.module.parameters()))
+        found.append((parameters, kept, same, gathers, gathers_of_pieces, gathers_without_room, all_sharded(engine)))
+    return found
+
+
+def test_scoring_gathers_a_model_once_where_it_fits(run_ranks, strict_z3):
+    for rank in run_ranks(score_gathered_and_sharded, engines.ds_file("strict", strict_z3), timeout_s=60):
+        for parameters, kept, same, gathers, of_pieces, without_room, sharded in rank:
+            assert 0 < gathers <= parameters
+            assert min(of_pieces, without_room) > gathers, "every pass gathers anew"
+            assert same and kept and sharded
 
 
 # The switch itself

@@ -66,6 +66,14 @@ def test_another_sharded_role_leaves_the_numbers_alone(run_ranks, ppo_config, tm
     assert furthest(run_ranks(train, config)[0]["metrics"], plain[0]["metrics"]) < 1e-5
 
 
+@pytest.mark.parametrize("kl_estimator", ["k1", "full"])
+def test_whole_weights_and_shards_measure_the_same_to_the_last_bit(run_ranks, ppo_config, strict_z3, kl_estimator):
+    given = dict(ds_config=strict_z3, kl_estimator=kl_estimator, num_iterations=2)
+    whole, shards = (run_ranks(train, ppo_config(rollout__weights=w, **given)) for w in ("gathered", "sharded"))
+    assert whole[0]["metrics"] == shards[0]["metrics"]
+    assert whole[0]["actor"] == shards[0]["actor"]
+
+
 def test_one_seed_is_one_run(run_ranks, ppo_config, plain):
     again = run_ranks(train, ppo_config(zero_stage=0))
     assert again[0]["metrics"] == plain[0]["metrics"]
