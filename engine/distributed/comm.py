@@ -25,18 +25,23 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder.builder import OpBuilder
 from torch import Tensor
 
+from engine.distributed.slurm import ranks_of_srun
+
 # DeepSpeed 0.19's own calls, which torch 2.13 wants renamed: nothing a user of this engine could act on.
 warnings.filterwarnings("ignore", message="`torch.distributed.*` is deprecated", category=FutureWarning)
 
 
 def init_distributed(*, timeout_s: int = 1800) -> None:
-    """Join the process group: NCCL on GPUs, gloo on CPUs. A script started without a launcher is one rank.
+    """Join the process group: NCCL on GPUs, gloo on CPUs. A script that `srun` starts is one rank of
+    its step; one without a launcher is the only rank.
 
     Args:
         timeout_s: a rank that waits longer than this for the others gives up with an error.
     """
     if dist.is_initialized():
         return
+    if "RANK" not in os.environ:
+        os.environ |= ranks_of_srun(os.environ)
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
