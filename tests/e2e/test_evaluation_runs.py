@@ -2,6 +2,7 @@
 
 import json
 import random
+import statistics
 from functools import partial
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def with_evaluation(folder, kind=0, *, held_out=HELD_OUT, **given):
     settings = dict(
         data__eval=tiny.write_rows(folder / "held_out.jsonl", rows),
         evaluation__every=2,
-        evaluation__samples=2,
+        evaluation__samples=9,
         evaluation__metrics=[f"{folder / 'my_metrics.py'}:letters"],
         reward__function="tiny:share_of_small_letters",
         actor__learning_rate=3e-3,
@@ -74,26 +75,35 @@ def plain(run_ranks, tmp_path_factory):
     return run_ranks(go, with_evaluation(tmp_path_factory.mktemp("plain")))[0]
 
 
-def check_near(ours, theirs):
-    for name in ("evaluation", "evaluation_samples"):
-        for mine, other in zip(ours[name], theirs[name], strict=True):
-            assert mine == pytest.approx(other, rel=1e-5, abs=1e-5)
-
-
 def test_what_an_evaluation_finds(plain):
     before, middle, after = plain["evaluation"]
     assert [row["iteration"] for row in plain["evaluation"]] == [0, 2, 3]
     assert before["eval/win_rate"] == 0.5 and abs(before["eval/kl_ref_mean"]) < 1e-5, "the initial actor is the ref"
-    assert after["eval/win_rate"] > 0.5 and after["eval/score_mean"] > before["eval/score_mean"], "it has learned"
     assert after["eval/kl_ref_mean"] > 0.1 and middle != after
-    assert 1 <= after["eval/length_mean"] <= 12 and 0 <= after["eval/eos_fraction"] <= 1
-    texts = [row["response"] for row in plain["evaluation_samples"]]
-    assert [row["prompt"] for row in plain["evaluation_samples"]] == HELD_OUT[:2] * 3
-    assert len(set(texts)) > 2
-    for row, first in zip(plain["evaluation_samples"], plain["evaluation_samples"][:2] * 3, strict=True):
-        assert row["score"] == pytest.approx(tiny.share_of_small_letters([""], [row["response"]])[0])
-        assert (row["initial_response"], row["initial_score"]) == (first["response"], first["score"])
-    assert 200 < before["eval/letters"] < 200 + 12, "of all five: 100 times their numbers' mean, and a length"
+    assert [row["prompt"] for row in plain["evaluation_samples"]] == HELD_OUT * 3
+    initial = plain["evaluation_samples"][:5]
+    assert len({row["response"] for row in plain["evaluation_samples"]}) > 5, "it has changed"
+    for number, found in enumerate(plain["evaluation"]):
+        rows = plain["evaluation_samples"][5 * number : 5 * number + 5]
+        scores = tiny.share_of_small_letters([], [row["response"] for row in rows])
+        assert [row["score"] for row in rows] == pytest.approx(scores)
+        assert [(row["initial_response"], row["initial_score"]) for row in rows] == [
+            (row["response"], row["score"]) for row in initial
+        ]
+        better = [(row["score"] > row["initial_score"]) + (row["score"] >= row["initial_score"]) for row in rows]
+        lengths, kl = [row["length"] for row in rows], [row["kl"] for row in rows]
+        assert {name: value for name, value in found.items() if name != "eval/eos_fraction"} == pytest.approx(
+            {
+                "iteration": (0, 2, 3)[number],
+                "eval/score_mean": statistics.mean(scores),
+                "eval/score_std": statistics.pstdev(scores),
+                "eval/win_rate": statistics.mean(better) / 2,
+                "eval/kl_ref_mean": statistics.mean(kl),
+                "eval/length_mean": statistics.mean(lengths),
+                "eval/letters": statistics.mean(100 * row + len(rows[row]["response"]) for row in range(5)),
+            }
+        )
+        assert found["eval/eos_fraction"] == pytest.approx(statistics.mean(length < 12 for length in lengths))
 
 
 def test_a_token_view_is_the_first_sample(plain):
@@ -108,7 +118,7 @@ def test_a_token_view_is_the_first_sample(plain):
         assert view["kl"] == pytest.approx(difference, abs=1e-4)
 
 
-TRUNK = dict(shared_trunk=True, actor__lora=SteadyLoRAConfig(r=4, dropout=0.2))
+TRUNK = dict(shared_trunk=True, actor__lora=SteadyLoRAConfig(r=4))
 
 
 @pytest.mark.parametrize(("kind", "given"), [(0, {}), ("strict", {}), (2, TRUNK)], ids=["zero0", "strict", "trunk"])
@@ -124,7 +134,13 @@ def test_training_does_not_notice(run_ranks, tmp_path, kind, given):
 
 @pytest.mark.parametrize(("kind", "world_size"), [(0, 1), ("strict", 2)])
 def test_ranks_and_sharding_leave_an_evaluation_alone(run_ranks, tmp_path, plain, kind, world_size):
-    check_near(run_ranks(go, with_evaluation(tmp_path, kind), world_size=world_size)[0], plain)
+    found = run_ranks(go, with_evaluation(tmp_path, kind, evaluation__samples=2), world_size=world_size)[0]
+    for mine, other in zip(found["evaluation"], plain["evaluation"], strict=True):
+        assert mine == pytest.approx(other, rel=1e-5, abs=1e-5)
+    two_of_each = [row for first in (0, 5, 10) for row in plain["evaluation_samples"][first : first + 2]]
+    for mine, other in zip(found["evaluation_samples"], two_of_each, strict=True):
+        assert mine.pop("kl") == pytest.approx(other["kl"], rel=1e-5, abs=1e-5)
+        assert mine == {name: value for name, value in other.items() if name != "kl"}
 
 
 @pytest.mark.parametrize("stop_at", [3, 13])
