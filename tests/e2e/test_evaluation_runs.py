@@ -152,13 +152,47 @@ def test_a_run_that_goes_on_has_the_rows_of_one_that_never_stopped(run_ranks, tm
     assert whole == plain
 
 
+def test_a_run_that_goes_back_has_every_evaluation_once(run_ranks, tmp_path):
+    guard = dict(kl_guard__max_kl=0.5, kl_guard__roll_backs=30, kl_guard__factor=0.1, checkpoint__every=1)
+    given = dict(actor__learning_rate=5e-3, kl_coef=0.0, num_iterations=5, evaluation__every=1)
+    found = run_ranks(go, with_evaluation(tmp_path, **guard, **given))[0]
+    assert "rolled back" in (Path(tmp_path) / "out" / "warnings.jsonl").read_text()
+    assert [row["iteration"] for row in found["evaluation"]] == [0, 1, 2, 3, 4, 5]
+    assert [row["iteration"] for row in found["token_views"]] == [1, 2, 3, 4, 5]
+
+
+class Asks:
+    """Replies once."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def reply(self, conversation):
+        return f"and {self.number}?" if len(conversation) < 3 else None
+
+
+def turns(prompts, responses, conversations, **columns):
+    return [float(sum(said["role"] == "assistant" for said in conversation)) for conversation in conversations]
+
+
+def test_with_an_environment_an_answer_is_a_conversation(run_ranks, tmp_path):
+    here = "test_evaluation_runs:"
+    chat = dict(data__prompt_format="chat", data__max_prompt_tokens=64, rollout__environment=here + "Asks")
+    given = chat | dict(reward__function=here + "turns", evaluation__metrics=[here + "turns"])
+    config = with_evaluation(tmp_path, rollout__max_response_tokens=40, num_iterations=1, **given)
+    found = run_ranks(go, config)[0]
+    assert found["evaluation"][-1]["eval/turns"] == found["evaluation"][-1]["eval/score_mean"] >= 1
+    view = found["token_views"][0]
+    assert len(view["tokens"]) == len(view["kl"]) == found["samples"][0]["length"]
+
+
 def alone(config):
-    """Two evaluations of the same weights, with other states of the generators."""
+    """Two evaluations of the same weights, in different iterations and with other states of the generators."""
     trainer, _ = build(config)
     trainer.actor.train()
     found = []
-    for seed in (1, 2):
-        random.seed(seed), torch.manual_seed(seed)
+    for trainer.progress.iteration in (1, 2):
+        random.seed(trainer.progress.iteration), torch.manual_seed(trainer.progress.iteration)
         found.append(trainer.evaluation.answers())
     return found, trainer.actor.module.training, trainer.seconds
 
