@@ -59,7 +59,7 @@ stage sft --data.train "$out/world/demonstrations.jsonl"
 stage reward --reward.model_name_or_path "$out/sft/model" \
     --data.train "$out/world/preferences.jsonl" --data.eval "$out/world/preferences_held_out.jsonl"
 stage ppo --actor.model_name_or_path "$out/sft/model" --reward.model_name_or_path "$out/reward/reward" \
-    --data.train "$out/world/prompts.jsonl"
+    --data.train "$out/world/prompts.jsonl" --data.eval "$out/world/questions.jsonl"
 
 echo
 python - "$out" <<'PYTHON'

@@ -2,7 +2,7 @@
 
     deepspeed --num_accelerators 2 launch/train_ppo.py --config launch/recipes/gsm8k_tiny.yaml --output_dir runs/ppo
 
-Also under torchrun, and as plain `python` for one rank. Writes config.yaml, metrics.jsonl, samples.jsonl, checkpoints/
+Also under torchrun, and as plain `python` for one rank. Writes config.yaml, metrics and samples (JSONL), checkpoints/
 and the exported actor/ and critic/ to the output folder. `--resume auto` goes on with a run that ended early.
 """
 
@@ -11,15 +11,16 @@ from functools import partial
 from pathlib import Path
 
 from engine.config import PPOConfig, parse, run
-from engine.data import create_datasets, create_pretraining_dataset
+from engine.data import create_datasets, create_eval_dataset, create_pretraining_dataset
 from engine.distributed import comm
 from engine.distributed.run import Run
-from engine.models.loading import content_digest, load_tokenizer
+from engine.models.loading import load_tokenizer
 from engine.rlhf_engine import DeepSpeedRLHFEngine
 from engine.rollout.environments import load_environment
 from engine.rollout.score_functions import load_score_function
 from engine.tracking import Tracker
-from engine.trainers.checkpoints import Checkpoints
+from engine.trainers.checkpoints import Checkpoints, contents_of
+from engine.trainers.evaluation import load_metrics
 from engine.trainers.ppo_trainer import DeepSpeedPPOTrainer
 
 
@@ -33,14 +34,13 @@ def train(config: PPOConfig, this_run: Run) -> None:
     with comm.same_error_everywhere():
         if config.reward.function is not None:
             load_score_function(config.reward.function)  # a wrong name is told before models are built
-        if config.rollout.environment is not None:
-            load_environment(config.rollout.environment)
+        load_environment(config.rollout.environment)
+        load_metrics(config.evaluation)
         tokenizer = load_tokenizer(config.models["actor"], chat_template=config.data.chat_template)
         prompts, num_iterations = create_datasets(args=config, tokenizer=tokenizer, train_phase=3)
+        held_out = create_eval_dataset(config, tokenizer, train_phase=3)
         pretraining = create_pretraining_dataset(config, tokenizer)
-        contents = {f"the {role}'s weights": content_digest(name) for role, name in config.models.items()}
-    contents |= {"the prompts": prompts.dataset.digest, "the prompts' columns": prompts.dataset.columns_digest}
-    contents["the demonstrations"] = pretraining and pretraining.dataset.examples.digest
+        contents = contents_of(config, prompts.dataset, held_out, pretraining and pretraining.dataset.examples)
     comm.check_same_everywhere(contents)
     rlhf_engine = DeepSpeedRLHFEngine(
         actor_model_name_or_path=config.models["actor"],
@@ -55,7 +55,7 @@ def train(config: PPOConfig, this_run: Run) -> None:
         for name, why in config.without_effect.items():
             print(f"Note: {name} has no effect in this run: {why}.", flush=True)
     told = this_run.watch.tell
-    trainer = DeepSpeedPPOTrainer(rlhf_engine, config, pretraining, on_phase=told)
+    trainer = DeepSpeedPPOTrainer(rlhf_engine, config, pretraining, on_phase=told, held_out=held_out)
     checkpoints = Checkpoints(config, rlhf_engine.trained, contents=contents, stop=this_run.stop, on_phase=told)
     tracker = checkpoints.go_on(
         trainer, num_iterations, partial(Tracker, config, num_iterations=num_iterations, is_main=comm.is_main())

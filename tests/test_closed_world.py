@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from launch.closed_world import ABSTENTION, ANSWERS, PHRASINGS, world
-from launch.evaluate_world import verdict
+from launch.evaluate_world import honest, verdict
 
 SUBJECT = re.compile(r"[A-Z][a-z]{5}(?=\?)")
 
@@ -101,3 +101,9 @@ def test_one_demonstration_in_twelve_abstains_whoever_is_asked_about(files):
 )
 def test_verdicts(response, wanted):
     assert verdict(response, "Brill") == wanted
+
+
+def test_honest_is_right_about_the_known_and_silent_about_the_unseen():
+    said = ["Ansby", "Brill", ABSTENTION, ABSTENTION, "Ansby"]
+    asked = dict(answer=["Ansby"] * 5, person=["known", "known", "known", "unseen", "unseen"])
+    assert honest(["?"] * 5, said, **asked) == [1, 0, 0, 1, 0]

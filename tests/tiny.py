@@ -11,6 +11,7 @@ from engine.config import (
     DataConfig,
     DemonstrationDataConfig,
     DPOConfig,
+    EvaluationConfig,
     FrozenRoleConfig,
     KLGuardConfig,
     LoRAConfig,
@@ -179,6 +180,7 @@ def ppo_config(folder: Path, *, model: str = LLAMA, prompts: list[str] | None = 
         rollout=RolloutConfig,
         tracking=TrackingConfig,
         checkpoint=CheckpointConfig,
+        evaluation=EvaluationConfig,
         kl_guard=KLGuardConfig,
     )
     return PPOConfig(**run, **{group: classes[group](**fields) for group, fields in nested.items()})

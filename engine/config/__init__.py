@@ -8,6 +8,7 @@ from engine.config.checkpoint import CheckpointConfig, settings_that_stay
 from engine.config.checks import DS_CONFIGS
 from engine.config.command_line import as_dict, parse, run
 from engine.config.data import DataConfig, DemonstrationDataConfig, PreferenceDataConfig
+from engine.config.evaluation import EvaluationConfig
 from engine.config.guards import KLGuardConfig
 from engine.config.ppo import PPOConfig
 from engine.config.roles import (
@@ -31,6 +32,7 @@ __all__ = [
     "DPOConfig",
     "DataConfig",
     "DemonstrationDataConfig",
+    "EvaluationConfig",
     "FrozenRoleConfig",
     "KLGuardConfig",
     "LoRAConfig",

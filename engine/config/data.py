@@ -25,6 +25,8 @@ class DataConfig:
         over_length: `drop` (the count is printed), `error`, `truncate_left` (keep the end, and a BOS token before it),
             `truncate_right` (not of conversations: the turn that asks for an answer is at their end).
         max_samples: only the first so many rows of each source.
+        eval: what is held out, with the columns of `train`: a file, a folder or a hub name; `eval_split` is that of a
+            hub dataset. In PPO these are prompts; see `EvaluationConfig`.
     """
 
     train: str | list[str]
@@ -37,6 +39,8 @@ class DataConfig:
     max_prompt_tokens: int = 512
     over_length: Literal["drop", "error", "truncate_left", "truncate_right"] = "drop"
     max_samples: int | None = None
+    eval: str | None = None
+    eval_split: str = "test"
 
     def __post_init__(self):
         at_least("data.max_prompt_tokens", self.max_prompt_tokens, 1)
@@ -61,15 +65,12 @@ class SupervisedDataConfig(DataConfig):
     """Data with responses: what is trained on, and what is held out.
 
     Attributes:
-        eval: a file, a folder or a hub name; `eval_split` is that of a hub dataset. Prompts that are trained on too are
-            counted; if all rows are, it is an error.
+        eval: prompts that are trained on too are counted; if all rows are, it is an error.
         eval_fraction: without `eval`, this share of the prompts of `train` is held out, with all that answers them.
         max_length: tokens of prompt and response together; a longer row is treated as `over_length` says:
             `truncate_left` cuts the prompt's beginning, `truncate_right` the response's end.
     """
 
-    eval: str | None = None
-    eval_split: str = "test"
     eval_fraction: float = 0.0
     max_length: int = 1024
 

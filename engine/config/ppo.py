@@ -8,6 +8,7 @@ from typing import Literal
 from engine.config.checkpoint import CheckpointConfig
 from engine.config.checks import at_least, ds_config_of, next_multiple
 from engine.config.data import DataConfig
+from engine.config.evaluation import EvaluationConfig
 from engine.config.guards import KLGuardConfig
 from engine.config.roles import (
     CriticConfig,
@@ -76,6 +77,7 @@ class PPOConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     kl_guard: KLGuardConfig = field(default_factory=KLGuardConfig)
     pretraining: PretrainingConfig | None = None
     shared_trunk: bool = False
@@ -251,6 +253,8 @@ class PPOConfig:
             idle["clip_range"] = "policy_loss=penalty"
         if self.rollout.logprobs == "drawn" and not self.rollout.filters:
             idle["importance_cap"] = "rollout.logprobs=drawn, and no filter"
+        if self.data.eval is None:
+            idle["evaluation"] = "data.eval is not set"
         if self.ppo_epochs == 1:
             idle["target_kl"] = "ppo_epochs=1"
         defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(self)}

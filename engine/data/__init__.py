@@ -6,9 +6,16 @@ from torch.utils.data import DataLoader
 
 from engine.data.columns import demonstrations, preferences
 from engine.data.examples import Examples, create_example_dataloader, learned_whole, load_examples, load_held_out
-from engine.data.prompts import PromptBatch, create_prompt_dataloader
+from engine.data.prompts import PromptBatch, PromptDataset, create_prompt_dataloader, load_held_out_prompts
 
-__all__ = ["Examples", "PromptBatch", "create_datasets", "create_eval_dataset", "create_pretraining_dataset"]
+__all__ = [
+    "Examples",
+    "PromptBatch",
+    "PromptDataset",
+    "create_datasets",
+    "create_eval_dataset",
+    "create_pretraining_dataset",
+]
 
 READERS = {1: demonstrations, 2: preferences}
 
@@ -38,8 +45,11 @@ def create_datasets(args, tokenizer, train_phase: int) -> tuple[DataLoader, int]
     return create_example_dataloader(args, _learned(train, args, train_phase))
 
 
-def create_eval_dataset(args, tokenizer, train_phase: int) -> Examples | None:
-    """What phase 1 or 2 holds out, by `data.eval` or `data.eval_fraction`; None when neither is set."""
+def create_eval_dataset(args, tokenizer, train_phase: int) -> Examples | PromptDataset | None:
+    """What is held out, by `data.eval` or, in phases 1 and 2, `data.eval_fraction`; None when neither is set."""
+    if train_phase == 3:
+        say = _aloud if int(os.environ.get("RANK", 0)) == 0 else _silently
+        return None if args.data.eval is None else load_held_out_prompts(args, tokenizer, say=say)
     held_out = load_held_out(args.data, tokenizer, _reader(train_phase), seed=args.seed, say=_silently)
     return None if held_out is None else _learned(held_out, args, train_phase)
 

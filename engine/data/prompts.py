@@ -4,6 +4,7 @@ The order of prompts depends on the seed alone, never on the number of ranks: it
 rank and on sixty-four, and rank r takes the r-th contiguous part of them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -195,11 +196,7 @@ def create_prompt_dataloader(
     """
     data = args.data
     options = dict(subset=data.train_subset, split=data.train_split, max_samples=data.max_samples)
-    sources = [load_source(name, **options) for name in data.sources]
-    dataset = PromptDataset(sources, tokenizer, prompt_column=data.prompt_column, prompt_format=data.prompt_format)
-    if args.rollout.environment is not None:
-        dataset.check_can_go_on()
-    said = [dataset.answers_cut(), dataset.limit_length(data.max_prompt_tokens, data.over_length)]
+    dataset, said = _loaded([load_source(name, **options) for name in data.sources], args, tokenizer)
     if data.weights is not None:
         sizes = dataset.kept_of_each_source()
         rows = mixed_rows(sizes, data.weights, seed=args.seed)
@@ -211,8 +208,34 @@ def create_prompt_dataloader(
             f"(rollout_batch_size / rollout.samples_per_prompt): every iteration takes all of them, once."
         )
     for line in said if rank == 0 else []:
-        if line is not None:
-            print(line, flush=True)
+        print(line, flush=True)
     batches = GlobalBatches(len(dataset), args.prompts_per_iteration, seed=args.seed, rank=rank, world_size=world_size)
     dataloader = in_batches(dataset, batches, dataset.batch)
     return dataloader, args.num_iterations or args.num_train_epochs * len(dataloader)
+
+
+def load_held_out_prompts(args, tokenizer: PreTrainedTokenizerBase, *, say: Callable[[str], None]) -> PromptDataset:
+    """The prompts of `data.eval`, as many as `evaluation.num_prompts` allows.
+
+    Args:
+        say: called with each line that the user should read.
+
+    Raises:
+        ValueError: names file and line of a row that is not a prompt.
+    """
+    data, most = args.data, args.evaluation.num_prompts
+    source = load_source(data.eval, subset=data.train_subset, split=data.eval_split, max_samples=most)
+    dataset, said = _loaded([source], args, tokenizer)
+    for line in said:
+        say(line)
+    return dataset
+
+
+def _loaded(sources: list[Source], args, tokenizer: PreTrainedTokenizerBase) -> tuple[PromptDataset, list[str]]:
+    """(prompts of fitting lengths, what to tell the user)."""
+    data = args.data
+    dataset = PromptDataset(sources, tokenizer, prompt_column=data.prompt_column, prompt_format=data.prompt_format)
+    if args.rollout.environment is not None:
+        dataset.check_can_go_on()
+    said = [dataset.answers_cut(), dataset.limit_length(data.max_prompt_tokens, data.over_length)]
+    return dataset, [line for line in said if line is not None]

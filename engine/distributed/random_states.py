@@ -2,6 +2,8 @@
 
 import base64
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy
@@ -28,7 +30,20 @@ def set_random_states(everyones: list[dict[str, Any]]) -> None:
     """Those of this rank; a rank that there was not goes on with its own."""
     if comm.rank() >= len(everyones):
         return
-    mine = everyones[comm.rank()]
+    _set(everyones[comm.rank()])
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Whatever is drawn in the block, this rank's generators are as they were when it ends."""
+    before = random_states()
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+def _set(mine: dict[str, Any]) -> None:
     version, numbers, gauss = mine["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, *rest = mine["numpy"]

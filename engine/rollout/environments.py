@@ -12,12 +12,14 @@ from engine.data.formatting import Messages
 from engine.rollout.users_code import named, place_of
 
 
-def load_environment(spec: str) -> type:
-    """The class that `module:class` names.
+def load_environment(spec: str | None) -> type | None:
+    """The class that `module:class` names; None where nothing is named.
 
     Raises:
         ValueError: there is no such module or class, or it has no method `reply`.
     """
+    if spec is None:
+        return None
     environment = named(spec, setting="rollout.environment")
     module_name, class_name = spec.split(":")
     if not isinstance(environment, type):

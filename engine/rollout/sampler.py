@@ -17,13 +17,26 @@ class Sampler:
     """Draws responses."""
 
     def __init__(
-        self, actor: Engine, tokenizer: PreTrainedTokenizerBase, config: PPOConfig, *, eos_token_ids: list[int]
+        self,
+        actor: Engine,
+        tokenizer: PreTrainedTokenizerBase,
+        config: PPOConfig,
+        *,
+        eos_token_ids: list[int],
+        temperature: float | None = None,
+        micro_batch_size: int | None = None,
     ):
+        """
+        Args:
+            temperature: `rollout.temperature` when not given.
+            micro_batch_size: rows decoded at the same time; `rollout.micro_batch_size` when not given.
+        """
         self.actor, self.config, self.eos_token_ids = actor, config, eos_token_ids
+        self.micro_batch_size = micro_batch_size or config.rollout_micro_batch_size
         self.sampling = Sampling(
             max_response_tokens=config.rollout.max_response_tokens,
             min_response_tokens=config.rollout.min_response_tokens,
-            temperature=config.rollout.temperature,
+            temperature=config.rollout.temperature if temperature is None else temperature,
             top_p=config.rollout.top_p,
             top_k=config.rollout.top_k,
             vocabulary_size=vocabulary_size(tokenizer),
@@ -57,7 +70,7 @@ class Sampler:
                     noise_of_rows(keys, config.max_response_tokens),
                     sampling=self.sampling,
                     eos_token_ids=self.eos_token_ids,
-                    micro_batch_size=self.config.rollout_micro_batch_size,
+                    micro_batch_size=self.micro_batch_size,
                     prefill_tokens=self.config.micro_batch_tokens,
                     limits=limits,
                     any_rank_active=comm.any_true if sharded else None,

@@ -14,16 +14,19 @@ from engine.rollout.users_code import named, place_of
 ScoreFunction = Callable[..., Any]  # returns a list of numbers, or is async and does so in the end
 
 
-def load_score_function(spec: str) -> ScoreFunction:
-    """The function that `module:function` names; the folder that the run was started in is searched last.
+def load_score_function(spec: str, *, setting: str = "reward.function") -> ScoreFunction:
+    """The function that `module:function` or `file.py:function` names; see `named`.
+
+    Args:
+        setting: the one that holds `spec`, for the message.
 
     Raises:
-        ValueError: there is no such module or function.
+        ValueError: there is no such module, file or function.
     """
-    function = named(spec, setting="reward.function")
+    function = named(spec, setting=setting)
     if not callable(function):
         module_name, function_name = spec.split(":")
-        raise ValueError(f"reward.function={spec}: {module_name} has no function {function_name}.")
+        raise ValueError(f"{setting}={spec}: {module_name} has no function {function_name}.")
     return function
 
 
@@ -34,12 +37,14 @@ def scores_of_function(
     columns: dict[str, list[Any]],
     *,
     timeout_s: float | None = None,
+    kind: str = "score function",
 ) -> Tensor:
     """(rows,) fp32: `function(prompts=..., responses=..., **columns)`.
 
     Args:
         columns: the dataset's; one called `prompts` or `responses` gives way to the text the model saw.
         timeout_s: how long the call may take.
+        kind: what the function is, for the message.
 
     Raises:
         ValueError: the function raised, took longer, returned another number of scores, or something that is no
@@ -48,12 +53,13 @@ def scores_of_function(
     if not prompts:
         return torch.empty(0)
     given = {name: values for name, values in columns.items() if name not in ("prompts", "responses")}
-    name = getattr(function, "__qualname__", type(function).__qualname__)  # a callable object has no name of its own
+    # A callable object has no name of its own.
+    said = f"the {kind} {getattr(function, '__qualname__', type(function).__qualname__)}"
     try:
         inspect.signature(function).bind(prompts=prompts, responses=responses, **given)
     except TypeError as error:
         raise ValueError(
-            f"the score function {name} is called with prompts, responses and the dataset's columns "
+            f"{said} is called with prompts, responses and the dataset's columns "
             f"({', '.join(given) or 'none'}), which do not fit its arguments: {error}. Columns it has no use for go "
             f"into **columns."
         ) from error
@@ -61,12 +67,12 @@ def scores_of_function(
         scores = _within(timeout_s, lambda: _finished(function(prompts=prompts, responses=responses, **given)))
     except TimeoutError as error:
         raise ValueError(
-            f"the score function {name} took longer than reward.timeout_s={timeout_s} for {len(responses)} responses."
+            f"{said} took longer than reward.timeout_s={timeout_s} for {len(responses)} responses."
         ) from error
     except Exception as error:  # the user's code: whatever it raises is shown with the function's name
         place = place_of(error, caller=__file__)
-        raise ValueError(f"the score function {name} raised {type(error).__name__}: {error}{place}") from error
-    return checked_scores(scores, len(responses), f"the score function {name}")
+        raise ValueError(f"{said} raised {type(error).__name__}: {error}{place}") from error
+    return checked_scores(scores, len(responses), said)
 
 
 def scores_one_by_one(

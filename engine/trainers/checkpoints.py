@@ -8,10 +8,13 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from engine.config import PPOConfig, SupervisedConfig, settings_that_stay
+from engine.data import PromptDataset
+from engine.data.examples import Examples
 from engine.distributed import comm
 from engine.distributed.checkpoint import Trained, load_checkpoint, newest_checkpoint, save_checkpoint
 from engine.distributed.checkpoint_folder import checkpoints_in, remove_checkpoints
 from engine.distributed.stopping import StopRequest
+from engine.models.loading import content_digest
 from engine.tracking import Tracker
 
 
@@ -24,6 +27,19 @@ class Trainer(Protocol):
 
 
 Snapshot = Callable[[], tuple[dict[str, Any], dict[str, Tensor]]]  # small things as JSON, and tensors
+
+
+def contents_of(
+    config: PPOConfig, prompts: PromptDataset, held_out: PromptDataset | None, demonstrations: Examples | None
+) -> dict[str, str | None]:
+    """Digests of the models and the data of a PPO run, by what they are of."""
+    weights = {f"the {role}'s weights": content_digest(name) for role, name in config.models.items()}
+    return weights | {
+        "the prompts": prompts.digest,
+        "the prompts' columns": prompts.columns_digest,
+        "the held-out prompts": held_out and held_out.digest + held_out.columns_digest,
+        "the demonstrations": demonstrations and demonstrations.digest,
+    }
 
 
 class Checkpoints:

@@ -27,6 +27,7 @@ def snapshot_of(trainer: DeepSpeedPPOTrainer) -> tuple[dict[str, Any], dict[str,
     state = {
         "progress": asdict(trainer.progress),
         "kl_coef_in_flight": None if experience is None else experience.kl_coef,
+        "initial_answers": trainer.evaluation.snapshot(),
         "pretraining_drawn": 0 if pretraining is None else pretraining.drawn,
         **{name: getattr(trainer, name) for name in OF_ITERATION},
     }
@@ -39,6 +40,7 @@ def put_back(trainer: DeepSpeedPPOTrainer, state: dict[str, Any], tensors: dict[
     trainer.resumed_at = trainer.progress.iteration
     for name in OF_ITERATION:
         setattr(trainer, name, state[name])
+    trainer.evaluation.put_back(state["initial_answers"])
     trainer.in_flight = None
     if state["kl_coef_in_flight"] is not None:
         trainer.in_flight = Experience.of_tensors(tensors, kl_coef=state["kl_coef_in_flight"])

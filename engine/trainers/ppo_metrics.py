@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from engine.algorithms.losses import policy_statistics, value_clipped
 from engine.data.formatting import Messages
@@ -147,6 +148,42 @@ def sample_rows(
         }
         for row, text in enumerate(texts)
     ]
+
+
+def token_view(experience: Experience, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
+    """The first response with tokens, token by token: texts, and what was measured at each; None where none has any."""
+    rows = experience.sequences.response_lengths.nonzero().flatten()[:1]
+    if len(rows) == 0:
+        return None
+    one = experience[rows]
+    tokens = one.sequences.padded(torch.tensor([0]), torch.device("cpu")).targets.tolist()
+    names = ("logprobs", "ref_logprobs", "kl", "values", "rewards", "advantages")
+    return {
+        "prompt": tokenizer.decode(one.sequences.tokens[: one.sequences.prompt_lengths[0]].tolist()),
+        "score": one.scores.item(),
+        "tokens": token_texts(tokens, tokenizer),
+        **{name: None if (numbers := getattr(one, name)) is None else _as_json(numbers) for name in names},
+    }
+
+
+def token_texts(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What each token adds to the text of those before; joined, the text of all, without special tokens. A character
+    of several tokens is the last one's.
+    """
+    texts, start, read = [], 0, 0  # text is settled up to `read`, and decoded from a little before: from `start`
+    for end in range(1, len(tokens) + 1):
+        before, with_this = (tokenizer.decode(tokens[start:to], skip_special_tokens=True) for to in (read, end))
+        if with_this.endswith("\ufffd") and end < len(tokens):
+            texts.append("")
+            continue
+        texts.append(with_this[len(before) :])
+        start, read = read, end
+    return texts
+
+
+def _as_json(numbers: Tensor) -> list[float | None]:
+    """JSON has no NaN or inf. Rounded: for the eye."""
+    return [round(number, 5) if math.isfinite(number) else None for number in numbers.tolist()]
 
 
 def ended(sequences: Sequences, eos_token_ids: list[int]) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engine.algorithms.rewards import length_penalties
 from engine.config import PPOConfig
-from engine.data import Examples, PromptBatch
+from engine.data import Examples, PromptBatch, PromptDataset
 from engine.data.batches import Endless
 from engine.data.sequences import Sequences
 from engine.distributed import comm
@@ -32,20 +32,15 @@ from engine.rollout.sampler import Sampler
 from engine.rollout.scoring import Scored, Scoring
 from engine.tracking import Tracker
 from engine.trainers.checkpoints import Checkpoints
+from engine.trainers.evaluation import Evaluation
 from engine.trainers.going_on import go_back, put_back, snapshot_of
 from engine.trainers.guards import quarantine_rows, ran_away
 from engine.trainers.health import signs_of_trouble
 from engine.trainers.own_loop import check_groups, scored_sequences
-from engine.trainers.ppo_metrics import ended, experience_metrics, sample_rows, step_metrics
+from engine.trainers.phases import phase
+from engine.trainers.ppo_metrics import ended, experience_metrics, sample_rows, step_metrics, token_view
 from engine.trainers.ppo_update import PPOUpdate
 from engine.trainers.progress import Progress, next_kl_coef, next_penalty_coef
-
-# Which settings decide a phase's memory.
-SMALLER = {
-    "generate": "--rollout.micro_batch_size, or set --rollout.weights sharded",
-    "score": "--micro_batch_size or --logits_chunk_tokens",
-    "train": "--micro_batch_size or --logits_chunk_tokens, or set --actor.gradient_checkpointing true",
-}
 
 
 class DeepSpeedPPOTrainer:
@@ -57,11 +52,13 @@ class DeepSpeedPPOTrainer:
         args: PPOConfig,
         pretraining: Iterable[Examples] | None = None,
         on_phase: Callable[[str, int], None] | None = None,
+        held_out: PromptDataset | None = None,
     ):
         """
         Args:
             pretraining: minibatches of demonstrations, of all ranks, for `args.pretraining`.
-            on_phase: told the phase (generate, score, train) and the iteration whenever one begins.
+            held_out: the prompts of `args.data.eval`, the same on every rank.
+            on_phase: told the phase (generate, score, train, evaluate) and the iteration whenever one begins.
         """
         if (pretraining is None) != (args.pretraining is None):
             raise ValueError(
@@ -82,9 +79,9 @@ class DeepSpeedPPOTrainer:
             eos_token_ids=self.eos_token_ids,
         )
         with comm.same_error_everywhere():
-            spec = args.rollout.environment
-            self.environment = None if spec is None else load_environment(spec)
+            self.environment = load_environment(args.rollout.environment)
         self.update = PPOUpdate(rlhf_engine, args, pretraining)
+        self.evaluation = Evaluation(self, held_out)
         self.progress = Progress(kl_coef=args.kl_coef, penalty_coef=args.penalty_coef)
         self.seconds: dict[str, float] = {}
         self.steps: list[dict[str, float]] = []
@@ -113,6 +110,7 @@ class DeepSpeedPPOTrainer:
         """
         batches, self.resumed_at = Endless(prompts, drawn=self.resumed_at), None
         stop_asked = checkpoints.stop_asked if checkpoints is not None else lambda: False
+        self.evaluation.begin(tracker)
         while self.in_flight is not None or self.progress.iteration < num_iterations:
             if self.in_flight is None and not stop_asked():
                 self.in_flight = self.generate_experience(next(batches))
@@ -128,10 +126,13 @@ class DeepSpeedPPOTrainer:
             if not finished:
                 checkpoints.stop(self.progress.iteration, self.snapshot, tracker)
                 return False
-            metrics = self.metrics(self.in_flight)
+            metrics, view = self.metrics(self.in_flight), token_view(self.in_flight, self.tokenizer)
             self.in_flight = None
             tracker.log(self.progress.iteration, metrics, self.samples)
+            if view is not None:
+                tracker.token_view(self.progress.iteration, view)
             self._tell(metrics, tracker)
+            self.evaluation.after(self.progress.iteration, tracker, last=self.progress.iteration == num_iterations)
             if checkpoints is not None:
                 checkpoints.after(self.progress.iteration, self.snapshot, tracker)
         return True
@@ -417,13 +418,9 @@ class DeepSpeedPPOTrainer:
         return [{"iteration": self.progress.iteration, **row} for row in rows]
 
     @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        """Time a phase; where it runs out of memory, say which setting makes it smaller."""
+    def _timed(self, name: str) -> Iterator[None]:
+        """A phase of an iteration, with the time that it takes."""
         started = perf_counter()
-        if self.on_phase is not None:
-            self.on_phase(phase, self.progress.iteration)
-        try:
+        with phase(name, self.progress.iteration, self.on_phase):
             yield
-        except torch.OutOfMemoryError as error:
-            raise torch.OutOfMemoryError(f"Out of memory in phase {phase}: lower {SMALLER[phase]}. {error}") from error
-        self.seconds[phase] = perf_counter() - started
+        self.seconds[name] = perf_counter() - started

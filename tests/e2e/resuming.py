@@ -65,6 +65,8 @@ def go(config: PPOConfig | SupervisedConfig, stop_at: int | None = None) -> dict
         "finished": finished,
         "metrics": log.metrics,
         "samples": log.samples,
+        "evaluations": log.evaluations,
+        "evaluation_samples": log.evaluation_samples,
         "warnings": log.warnings,
         "moments": {role: moments(engine) for role, engine in trained.engines.items()},
         "weights": {role: digest(engine) for role, engine in trained.engines.items()},

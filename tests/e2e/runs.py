@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from engine.config import PPOConfig
-from engine.data import create_datasets, create_pretraining_dataset
+from engine.data import create_datasets, create_eval_dataset, create_pretraining_dataset
 from engine.distributed.gather import gathered
 from engine.models.loading import load_tokenizer
 from engine.rlhf_engine import DeepSpeedRLHFEngine
@@ -23,6 +23,9 @@ class Log:
         self.samples: list[dict[str, Any]] = []
         self.warnings: list[tuple[int, str, str]] = []
         self.quarantined: list[dict[str, Any]] = []
+        self.evaluations: list[dict[str, float]] = []
+        self.evaluation_samples: list[dict[str, Any]] = []
+        self.token_views: list[dict[str, Any]] = []
 
     def log(self, iteration: int, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
         self.metrics.append({name: v for name, v in metrics.items() if not name.startswith(UNCOMPARABLE)})
@@ -34,6 +37,13 @@ class Log:
     def quarantine(self, rows: list[dict[str, Any]]) -> None:
         self.quarantined.extend(rows)
 
+    def evaluation(self, iteration: int, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
+        self.evaluations.append({"iteration": iteration, **metrics})
+        self.evaluation_samples.extend({"iteration": iteration, **row} for row in samples)
+
+    def token_view(self, iteration: int, view: dict[str, Any]) -> None:
+        self.token_views.append({"iteration": iteration, **view})
+
     def go_back_to(self, iteration: int) -> None:
         del self.metrics[iteration:]
 
@@ -43,7 +53,9 @@ def build(config: PPOConfig) -> tuple[DeepSpeedPPOTrainer, Any]:
     tokenizer = load_tokenizer(config.model_of("actor"))
     prompts, num_iterations = create_datasets(config, tokenizer, train_phase=3)
     engine = DeepSpeedRLHFEngine(config.model_of("actor"), config.model_of("critic"), tokenizer, num_iterations, config)
-    return DeepSpeedPPOTrainer(engine, config, create_pretraining_dataset(config, tokenizer)), prompts
+    held_out = create_eval_dataset(config, tokenizer, train_phase=3)
+    pretraining = create_pretraining_dataset(config, tokenizer)
+    return DeepSpeedPPOTrainer(engine, config, pretraining, held_out=held_out), prompts
 
 
 def weights(engine) -> dict[str, torch.Tensor]:
@@ -73,6 +85,9 @@ def train(config: PPOConfig, keep_weights: bool = False) -> dict[str, Any]:
     result = {
         "metrics": log.metrics,
         "samples": log.samples,
+        "evaluations": log.evaluations,
+        "evaluation_samples": log.evaluation_samples,
+        "token_views": log.token_views,
         "frozen": [digest(engine) for engine in frozen] == before and len(before),
         "steps": len(trainer.steps),
         **{role: digest(engine) for role, engine in trained.items()},

@@ -4,10 +4,12 @@ import math
 from dataclasses import replace
 
 import pytest
+import tiny
 import torch
 import torch.distributed as dist
 
 from engine.data.sequences import Sequences
+from engine.models.loading import load_tokenizer
 from engine.rollout.experience import PER_TOKEN, Experience
 from engine.trainers.ppo_metrics import (
     StepStatistics,
@@ -15,6 +17,8 @@ from engine.trainers.ppo_metrics import (
     explained_variance,
     sample_rows,
     step_metrics,
+    token_texts,
+    token_view,
 )
 
 EOS = 1
@@ -150,3 +154,42 @@ def test_without_steps_every_name_is_there_and_not_a_number():
     seen = step_metrics([], left_out=())
     assert {"loss/policy", "loss/value", "policy/ratio_max", "grad_norm/critic"} <= seen.keys()
     assert all(math.isnan(value) for value in seen.values())
+
+
+# Token by token
+
+
+@pytest.fixture(scope="module")
+def bytes_of():
+    """A tokenizer with a token per byte."""
+    return load_tokenizer(tiny.LLAMA)
+
+
+@pytest.mark.parametrize("text", ["plain words", "ä ∑ 🙂 end", "🙂", " two  spaces "])
+def test_the_texts_of_tokens_are_the_text(bytes_of, text):
+    tokens = [*bytes_of(text, add_special_tokens=False)["input_ids"], bytes_of.eos_token_id]
+    texts = token_texts(tokens, bytes_of)
+    assert len(texts) == len(tokens) > len(text) and "".join(texts) == text
+    assert texts[-1] == "", "a token that is no text"
+    assert all(len(part) <= 1 for part in texts)
+
+
+def test_a_character_that_breaks_off_is_in_the_text_as_it_is_read(bytes_of):
+    tokens = bytes_of("a🙂", add_special_tokens=False)["input_ids"][:3]
+    assert "".join(token_texts(tokens, bytes_of)) == bytes_of.decode(tokens)
+
+
+def test_a_view_of_the_first_response_that_has_tokens(bytes_of):
+    word = bytes_of("hey", add_special_tokens=False)["input_ids"]
+    seen = experience(
+        [[], word, [7]],
+        [0.0, 0.5, 9.0],
+        **{name: [1.25, math.nan, -0.5, 9.0] for name in ("kl", "logprobs")},
+        rewards=[0.0, 0.123456, 0.5, 9.0],
+    )
+    view = token_view(replace(seen, values=None, returns=None), bytes_of)
+    assert view["prompt"] == bytes_of.decode([5, EOS]) and view["score"] == 0.5
+    assert view["tokens"] == ["h", "e", "y"] and view["values"] is None
+    assert view["kl"] == view["logprobs"] == [1.25, None, -0.5] and view["rewards"] == [0.0, 0.12346, 0.5]
+    assert view["advantages"] == view["ref_logprobs"] == [0.0] * 3
+    assert token_view(experience([[], []], [1.0, 2.0]), bytes_of) is None
