@@ -42,7 +42,11 @@ def _of_file(path: Path) -> ModuleType:
             raise ImportError("there is no such file")
         found = spec_from_file_location(name, name)
         sys.modules[name] = module_from_spec(found)
-        found.loader.exec_module(sys.modules[name])
+        try:
+            found.loader.exec_module(sys.modules[name])
+        except BaseException:  # as import does: half a module is none
+            del sys.modules[name]
+            raise
     return sys.modules[name]
 
 

@@ -187,6 +187,7 @@ class Evaluation:
             temperature=config.rollout.temperature,
             chunk_tokens=config.logits_chunk_tokens,
             token_budget=config.micro_batch_tokens,
+            gather_weights=config.rollout.weights == "gathered",
         )
         return padded(measured.kl, sequences.response_lengths).sum(1)
 
