@@ -36,7 +36,7 @@ from engine.trainers.going_on import go_back, put_back, snapshot_of
 from engine.trainers.guards import quarantine_rows, ran_away
 from engine.trainers.health import signs_of_trouble
 from engine.trainers.own_loop import check_groups, scored_sequences
-from engine.trainers.ppo_metrics import ended, experience_metrics, sample_rows, step_metrics
+from engine.trainers.ppo_metrics import ended, experience_metrics, histograms_of, sample_rows, step_metrics
 from engine.trainers.ppo_update import PPOUpdate
 from engine.trainers.progress import Progress, next_kl_coef, next_penalty_coef
 
@@ -128,9 +128,9 @@ class DeepSpeedPPOTrainer:
             if not finished:
                 checkpoints.stop(self.progress.iteration, self.snapshot, tracker)
                 return False
-            metrics = self.metrics(self.in_flight)
+            metrics, histograms = self.metrics(self.in_flight), histograms_of(self.in_flight)
             self.in_flight = None
-            tracker.log(self.progress.iteration, metrics, self.samples)
+            tracker.log(self.progress.iteration, metrics, self.samples, histograms)
             self._tell(metrics, tracker)
             if checkpoints is not None:
                 checkpoints.after(self.progress.iteration, self.snapshot, tracker)

@@ -24,7 +24,7 @@ class Log:
         self.warnings: list[tuple[int, str, str]] = []
         self.quarantined: list[dict[str, Any]] = []
 
-    def log(self, iteration: int, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
+    def log(self, iteration: int, metrics: dict[str, float], samples: list[dict[str, Any]], histograms=None) -> None:
         self.metrics.append({name: v for name, v in metrics.items() if not name.startswith(UNCOMPARABLE)})
         self.samples.extend(samples)
 
