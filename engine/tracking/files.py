@@ -1,6 +1,7 @@
 """The files of a run that gain lines as it goes on: one JSON object a line, each with its `iteration`.
 
-metrics.jsonl             the iteration's metrics, by the names of `engine.tracking`
+metrics.jsonl             the iteration's metrics, by the names of `engine.tracking`;
+                          after the first of a planned run also memory/planned_gib
 samples.jsonl             prompt, response, score, kl, length: a few of an iteration's responses
 evaluation.jsonl          the held-out prompts' metrics; iteration 0 is before training
 evaluation_samples.jsonl  as samples.jsonl, with initial_response and initial_score

@@ -12,7 +12,9 @@ from typing import Any
 
 from engine.config import TrackingConfig
 
+UPLOAD_S = 120.0  # at the end of a run; what is left by then stays on the disk
 FLUSH_S = 2.0  # of a run that is killed, the offline file holds all but its last seconds
+TIMES = dict(x_transaction_log_flush_interval=FLUSH_S, finish_timeout=UPLOAD_S, finish_timeout_raises=True)
 IDLE = "60s"  # after which the service process ends, when nobody is connected to it
 
 
@@ -68,7 +70,7 @@ class WandbRun:
             try:
                 self.run.finish(exit_code=exit_code)
                 wandb.teardown()  # the service process hears that nobody is left
-            except Exception as error:  # the network, the disk, the service
+            except (Exception, SystemExit) as error:  # wandb 0.31 leaves with the exit code of its service
                 print(f"W&B did not close its run ({type(error).__name__}: {error}).", flush=True)
         for name in self.ours:
             os.environ.pop(name, None)
@@ -91,7 +93,7 @@ class WandbRun:
             mode=mode,
             id=self.id,
             resume=None if self.id is None else "allow",
-            settings=wandb.Settings(silent=True, x_transaction_log_flush_interval=FLUSH_S),
+            settings=wandb.Settings(silent=True, **TIMES),
         )
         self.id = self.run.id
         self.where = self.run.url if mode == "online" else f"wandb sync {Path(self.run.dir).parent}"
