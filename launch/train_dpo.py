@@ -9,7 +9,6 @@ the output folder; `--resume auto` goes on with a run that ended early.
 from pathlib import Path
 
 from engine.config import DPOConfig, parse, run
-from engine.distributed import comm
 from engine.distributed.export import export_huggingface
 from engine.distributed.run import Run
 from engine.trainers.supervised_stages import Stage, dpo_stage
@@ -30,8 +29,6 @@ def main() -> None:
 def export(stage: Stage, config: DPOConfig) -> None:
     folder = Path(config.output_dir) / "model"
     export_huggingface(stage.model, folder, stage.tokenizer, form=config.export_form)
-    if comm.is_main():
-        print(f"Done: {stage.num_iterations} steps. Metrics and the exported model: {config.output_dir}")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from engine.rlhf_engine import DeepSpeedRLHFEngine
 from engine.rollout.environments import load_environment
 from engine.rollout.score_functions import load_score_function
 from engine.tracking import Tracker
+from engine.trainers.banner import ppo_banner, print_banner
 from engine.trainers.checkpoints import Checkpoints, contents_of
 from engine.trainers.evaluation import load_metrics
 from engine.trainers.ppo_trainer import DeepSpeedPPOTrainer
@@ -49,31 +50,25 @@ def train(config: PPOConfig, this_run: Run) -> None:
         num_total_iters=num_iterations,
         args=config,
     )
-    if comm.is_main():
-        sizes = ", ".join(f"{role} {size / 2**20:.1f}" for role, size in rlhf_engine.parameter_bytes().items())
-        print(f"Weights in memory, MiB: {sizes}", flush=True)
-        for name, why in config.without_effect.items():
-            print(f"Note: {name} has no effect in this run: {why}.", flush=True)
-    told = this_run.watch.tell
+    print_banner(ppo_banner(config, rlhf_engine, num_iterations))
+    told = this_run.tell
     trainer = DeepSpeedPPOTrainer(rlhf_engine, config, pretraining, on_phase=told, held_out=held_out)
     checkpoints = Checkpoints(config, rlhf_engine.trained, contents=contents, stop=this_run.stop, on_phase=told)
     tracker = checkpoints.go_on(
         trainer, num_iterations, partial(Tracker, config, num_iterations=num_iterations, is_main=comm.is_main())
     )
+    this_run.listeners.append(tracker.phase)
     with tracker:
         if trainer.train(prompts, num_iterations, tracker, checkpoints):
-            exported = export(rlhf_engine, config)
-            if comm.is_main():
-                print(f"Done: {num_iterations} iterations. Metrics, samples, {exported}: {config.output_dir}")
+            export(rlhf_engine, config)
 
 
-def export(rlhf_engine: DeepSpeedRLHFEngine, config: PPOConfig) -> str:
+def export(rlhf_engine: DeepSpeedRLHFEngine, config: PPOConfig) -> None:
     """Write the trained models, and remove those of an earlier run that this one does not have."""
     output_dir = Path(config.output_dir)
     written = rlhf_engine.export(output_dir)
     for name in {"actor", "actor_ema", "critic"} - set(written) if comm.is_main() else ():
         shutil.rmtree(output_dir / name, ignore_errors=True)
-    return ", ".join(written)
 
 
 if __name__ == "__main__":

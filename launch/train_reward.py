@@ -10,7 +10,6 @@ the output folder; the mean and standard deviation of its scores are in reward/c
 from pathlib import Path
 
 from engine.config import RewardModelConfig, parse, run
-from engine.distributed import comm
 from engine.distributed.export import export_huggingface
 from engine.distributed.run import Run
 from engine.trainers.supervised_stages import Stage, reward_model_stage
@@ -33,8 +32,6 @@ def export(stage: Stage, config: RewardModelConfig) -> None:
     stage.model.module.keep_normalisation(scores.mean().item(), scores.std(correction=0).item())
     folder = Path(config.output_dir) / "reward"
     export_huggingface(stage.model, folder, stage.tokenizer, form=config.export_form)
-    if comm.is_main():
-        print(f"Done: {stage.num_iterations} steps. Metrics and the exported reward model: {config.output_dir}")
 
 
 if __name__ == "__main__":

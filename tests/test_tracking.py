@@ -157,13 +157,24 @@ class FakeWandb:
     def __init__(self, broken=None):
         self.broken, self.logged, self.finished, self.started = broken, [], [], {}
         self.Settings = lambda **given: given
-        self.Table = self._table
+        self.Table, self.Histogram, self.alerts = self._table, list, []
+        self.id, self.url, self.dir = "fake", None, "out/wandb/offline-run-fake/files"
 
     def _maybe(self, name):
         if name == self.broken:
             raise OSError(f"no network in {name}")
 
-    def _table(self, columns, data):
+    def login(self, prompt, verify):
+        return True
+
+    def alert(self, title, text, level):
+        self._maybe("alert")
+        self.alerts.append((title, text, level))
+
+    def teardown(self):
+        self._maybe("teardown")
+
+    def _table(self, columns, data, allow_mixed_types):
         self._maybe("Table")
         return SimpleNamespace(columns=columns, data=data)
 
@@ -172,7 +183,7 @@ class FakeWandb:
         self.started = given
         return self
 
-    def define_metric(self, name, step_metric=None):
+    def define_metric(self, name, **given):
         self._maybe("define_metric")
 
     def log(self, row):
@@ -189,6 +200,7 @@ def fake(monkeypatch):
     def install(broken=None):
         wandb = FakeWandb(broken)
         monkeypatch.setitem(sys.modules, "wandb", wandb)
+        monkeypatch.setenv("WANDB_SERVICE", "somebody else's")
         return wandb
 
     return install
@@ -197,17 +209,26 @@ def fake(monkeypatch):
 def test_wandb_gets_the_metrics_and_a_table(tmp_path, fake):
     wandb = fake()
     with tracker(tmp_path, TrackingConfig(wandb="offline", project="p", run_name="r")) as track:
-        track.log(3, METRICS, SAMPLES)
+        track.log(
+            3, METRICS, SAMPLES, {"score/histogram": [1.0, math.nan, 2.0], "response/length_histogram": [math.nan]}
+        )
         track.log(4, METRICS, [])
+        track.warn(4, "no end", "hardly any.")
+        track.evaluation(4, {"eval/score_mean": 2.0}, [{"prompt": "p"}, {"prompt": "q", "score": 1.0}])
     assert {name: wandb.started[name] for name in ("project", "name", "mode", "config")} == {
         "project": "p",
         "name": "r",
         "mode": "offline",
-        "config": as_dict(run_config(tmp_path, TrackingConfig(wandb="offline", project="p", run_name="r"))),
+        "config": as_dict(run_config(tmp_path, TrackingConfig(wandb="offline", project="p", run_name="r")))
+        | {"git_commit": json.loads((tmp_path / "versions.json").read_text())["git_commit"], "memory_plan": None},
     }
-    table = wandb.logged[0].pop("samples")
-    assert wandb.logged == [{"iteration": 3, **METRICS}, {"iteration": 4, **METRICS}]
+    table, evaluated = wandb.logged[0].pop("samples/train"), wandb.logged[2].pop("samples/evaluation")
+    assert wandb.logged[0].pop("score/histogram") == [1.0, 2.0]  # of numbers that are none there is no histogram
+    assert wandb.logged[:2] == [{"iteration": 3, **METRICS}, {"iteration": 4, **METRICS}]
+    assert wandb.logged[2:] == [{"iteration": 4, "eval/score_mean": 2.0}]
     assert (table.columns, table.data) == (list(SAMPLES[0]), [list(SAMPLES[0].values())])
+    assert (evaluated.columns, evaluated.data) == (["prompt", "score"], [["p", None], ["q", 1.0]])
+    assert wandb.alerts == [("no end", "iteration 4: hardly any.", "WARN")]
     assert wandb.finished == [0]
 
 
@@ -218,16 +239,18 @@ def test_wandb_hears_of_a_run_that_failed(tmp_path, fake):
     assert wandb.finished == [1]
 
 
-@pytest.mark.parametrize("broken", ["init", "define_metric", "Table", "log", "finish"])
+@pytest.mark.parametrize("broken", ["init", "define_metric", "Table", "log", "alert", "finish", "teardown"])
 def test_a_wandb_that_raises_never_stops_the_run(tmp_path, fake, capsys, broken):
     wandb = fake(broken)
     with tracker(tmp_path, TrackingConfig(wandb="online")) as track:
         for number in (1, 2, 3):
             track.log(number, METRICS, SAMPLES)
+            track.warn(number, "name", "sentence")
     assert [row["iteration"] for row in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     said = capsys.readouterr().out
-    assert said.count("W&B") == 1 and f"OSError: no network in {broken}" in said  # once, not every iteration
-    assert len(wandb.logged) == (3 if broken == "finish" else 0)
+    complaints = [line for line in said.split("\n") if line.startswith("W&B")]
+    assert len(complaints) == 1 and f"OSError: no network in {broken}" in complaints[0]  # once, not every iteration
+    assert len(wandb.logged) == {"finish": 3, "teardown": 3, "alert": 1}.get(broken, 0)
 
 
 def test_a_wandb_that_cannot_be_imported_never_stops_the_run(tmp_path, monkeypatch):

@@ -9,7 +9,8 @@ class TrackingConfig:
     """What is written down. `metrics.jsonl` and `samples.jsonl` always are.
 
     Attributes:
-        wandb: `offline` needs no account (`wandb sync OUT/wandb/offline-run-*` uploads later).
+        wandb: `offline` needs no account (`wandb sync OUT/wandb/offline-run-*` uploads later); without a key `online`
+            is `offline`.
         samples_per_iteration: rows of `samples.jsonl` per iteration.
     """
 

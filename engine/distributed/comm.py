@@ -107,6 +107,11 @@ def device() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
+def device_name() -> str:
+    """As "NVIDIA H100 80GB HBM3", or "cpu"."""
+    return torch.cuda.get_device_name() if device().type == "cuda" else "cpu"
+
+
 def peak_memory_gib() -> float:
     """This rank's largest memory use so far: of the GPU, or of the process (resident) on a CPU."""
     if device().type == "cuda":

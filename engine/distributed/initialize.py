@@ -26,6 +26,7 @@ from engine.distributed.zero_config import frozen_config, training_config
 from engine.models.loading import restore_rope
 from engine.models.lora import REWARD_ADAPTER, adapter_off, adapter_on, is_adapter
 from engine.models.modes import eval_mode
+from engine.models.quantization import is_quantised
 
 Engine = DeepSpeedEngine  # what the upper layers hold; they do not import deepspeed
 
@@ -190,6 +191,20 @@ def set_learning_rates(engine: DeepSpeedEngine, *, schedule_step: int, factor: f
 def stage_of(engine: DeepSpeedEngine) -> int:
     """The ZeRO stage an engine runs at."""
     return engine.zero_optimization_stage()
+
+
+def parameter_counts(engine: DeepSpeedEngine) -> tuple[int, int]:
+    """Of the whole model, and of what of it is trained."""
+    counts = [
+        (math.prod(whole_shape(p)) * (2 if is_quantised(p) else 1), p.requires_grad) for p in engine.module.parameters()
+    ]
+    return sum(count for count, _ in counts), sum(count for count, trained in counts if trained)
+
+
+def parameter_bytes_here(engine: DeepSpeedEngine) -> int:
+    """What of the weights this rank holds."""
+    held = (getattr(p, "ds_tensor", p) for p in engine.module.parameters())  # ds_tensor: DeepSpeed's ZeRO-3 shard
+    return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
 def parameter_bytes(engine: DeepSpeedEngine) -> int:

@@ -1,5 +1,6 @@
 """One rank of a run under way: it has joined the others, holds the run's folder, listens for signals and watches."""
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -17,6 +18,7 @@ class Run:
     Attributes:
         stop: whether somebody has asked the run to stop.
         watch: over the other ranks.
+        listeners: told the phase and the iteration whenever one begins.
     """
 
     def __init__(self, config: Any):
@@ -35,6 +37,12 @@ class Run:
         with comm.same_error_everywhere():
             self.lock = claim(config.output_dir) if comm.is_main() else None
         self.watch = Watch()
+        self.listeners: list[Callable[[str, int], None]] = [self.watch.tell]
+
+    def tell(self, phase: str, iteration: int) -> None:
+        """What this rank begins to do; for whoever takes `on_phase`."""
+        for listener in self.listeners:
+            listener(phase, iteration)
 
     def __enter__(self) -> "Run":
         return self

@@ -1,4 +1,5 @@
-"""Metrics and samples of a run, from global rank 0: a progress line, `metrics.jsonl`, `samples.jsonl` and W&B.
+"""What a run reports, from global rank 0: progress and a summary on the terminal, files (see `engine.tracking.files`),
+and W&B.
 
 The names every PPO iteration reports:
 

@@ -1,7 +1,18 @@
-"""The files of a run that gain lines as it goes on: one JSON object a line, each with its `iteration`."""
+"""The files of a run that gain lines as it goes on: one JSON object a line, each with its `iteration`.
+
+metrics.jsonl             the iteration's metrics, by the names of `engine.tracking`;
+                          after the first of a planned run also memory/planned_gib
+samples.jsonl             prompt, response, score, kl, length: a few of an iteration's responses
+evaluation.jsonl          the held-out prompts' metrics; iteration 0 is before training
+evaluation_samples.jsonl  as samples.jsonl, with initial_response and initial_score
+token_views.jsonl         one response token by token
+warnings.jsonl            warning, sentence: what looks wrong in an iteration's numbers
+quarantine.jsonl          responses with which a step could not be taken
+"""
 
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +24,7 @@ FILES = (
 
 def as_line(row: dict[str, Any]) -> str:
     """A row of a JSONL file. JSON has no NaN or inf: a number that is not finite is written as null."""
-    plain = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
-    return json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def set_aside(path: Path) -> None:
@@ -24,18 +34,30 @@ def set_aside(path: Path) -> None:
         path.replace(path.with_name(f"{path.stem}.previous{path.suffix}"))
 
 
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The lines that are whole; none where there is no file."""
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_text(encoding="utf-8").split("\n"):  # not splitlines(): texts hold other ends of lines
+        with suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
+
+
 def cut_after(path: Path, iteration: int) -> None:
     """Leave the lines of iterations up to this one; a line that broke off goes too."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").split("\n"):  # not splitlines(): texts hold other ends of lines
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if row["iteration"] <= iteration:
-            kept.append(f"{line}\n")
+    kept = [as_line(row) for row in rows_of(path) if row["iteration"] <= iteration]
     half_done = path.with_name(path.name + ".partial")
     half_done.write_text("".join(kept), encoding="utf-8")
     half_done.replace(path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,18 +1,19 @@
 """What a run reports, from global rank 0."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import yaml
-from tqdm import tqdm
 
 from engine.config import PPOConfig, SupervisedConfig, as_dict
 from engine.config.secrets import shown as shown_settings
 from engine.tracking.files import FILES, as_line, cut_after, set_aside
-from engine.tracking.wandb_run import wandb_run
+from engine.tracking.progress_bar import ProgressBar
+from engine.tracking.summary import memory_plan, summary
+from engine.tracking.versions import write_versions
+from engine.tracking.wandb_run import WandbRun
 
 
 class Tracker:
@@ -30,14 +31,17 @@ class Tracker:
         shown: Sequence[str] = ("score/mean", "kl/ref_mean", "response/length_mean"),
         resumed_at: int = 0,
         wandb_id: str | None = None,
+        device: str = "cpu",
+        world_size: int = 1,
     ):
         """
         Args:
             config: the run's.
-            shown: the metrics of the progress line, where an iteration has them.
+            shown: the metrics of the progress line and of the summary, where there are any.
             resumed_at: the iteration that a run goes on after. What its files say of later ones is dropped: these
                 come again.
             wandb_id: of the W&B run that it goes on with.
+            device, world_size: for `versions.json`.
 
         Raises:
             ValueError: `config.output_dir` cannot be written to.
@@ -45,48 +49,58 @@ class Tracker:
         self.is_main, self.shown = is_main, shown
         if not is_main:
             return
-        run_config, output_dir = shown_settings(as_dict(config)), Path(config.output_dir)
-        self.output_dir = output_dir
+        self.config, self.output_dir, self.done = config, Path(config.output_dir), resumed_at
+        run_config = shown_settings(as_dict(config))
         try:
-            output_dir.mkdir(parents=True, exist_ok=True)
+            self.output_dir.mkdir(parents=True, exist_ok=True)
             for name in FILES:
                 if resumed_at > 0:
-                    cut_after(output_dir / name, resumed_at)
+                    cut_after(self.output_dir / name, resumed_at)
                 else:
-                    set_aside(output_dir / name)
-            (output_dir / "config.yaml").write_text(yaml.safe_dump(run_config, sort_keys=False))
-            (output_dir / "metrics.jsonl").touch()
+                    set_aside(self.output_dir / name)
+            (self.output_dir / "config.yaml").write_text(yaml.safe_dump(run_config, sort_keys=False))
+            made_with = write_versions(self.output_dir, device=device, world_size=world_size)
+            (self.output_dir / "metrics.jsonl").touch()
         except OSError as error:
-            raise ValueError(f"output_dir={output_dir} cannot be written to: {error}") from error
-        self.bar = tqdm(total=num_iterations, initial=resumed_at, unit="iteration", disable=not sys.stderr.isatty())
-        self.wandb = wandb_run(output_dir, config.tracking, run_config, wandb_id)
+            raise ValueError(f"output_dir={self.output_dir} cannot be written to: {error}") from error
+        self.bar = ProgressBar(num_iterations, done=resumed_at, shown=shown)
+        told = run_config | {"git_commit": made_with["git_commit"], "memory_plan": memory_plan(self.output_dir)}
+        self.wandb = WandbRun(self.output_dir, config.tracking, told, wandb_id)
 
     @property
     def wandb_id(self) -> str | None:
         """Of the W&B run, where there is one."""
-        return self.wandb.id if self.is_main and self.wandb is not None else None
+        return self.wandb.id if self.is_main else None
 
-    def log(self, iteration: int, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
-        """One iteration: its metrics and a few of its responses."""
+    def phase(self, name: str, iteration: int) -> None:
+        """What the run begins to do; as the callbacks called `on_phase` are told."""
+        del iteration  # the bar counts those that are over
+        if self.is_main:
+            self.bar.phase(name)
+
+    def log(
+        self,
+        iteration: int,
+        metrics: dict[str, float],
+        samples: list[dict[str, Any]],
+        histograms: dict[str, Sequence[float]] | None = None,
+    ) -> None:
+        """One iteration: its metrics, a few of its responses, and what W&B shows as histograms."""
         if not self.is_main:
             return
+        self.done = iteration
         self._write("metrics", [{"iteration": iteration, **metrics}])
         self._write("samples", samples)
-        self.bar.update(iteration - self.bar.n)
-        said = "  ".join(f"{name} {metrics[name]:.4g}" for name in self.shown if name in metrics)
-        self.bar.set_postfix_str(said)
-        if self.bar.disable:
-            seconds = [value for name, value in metrics.items() if name.startswith("time/")]
-            took = f"  {sum(seconds):.2f} s" if seconds else ""
-            print(f"iteration {iteration}/{self.bar.total}  {said}{took}", flush=True)
-        self._to_wandb(iteration, metrics, samples)
+        self.bar.advance(iteration, metrics)
+        self.wandb.log(iteration, metrics, tables={"samples/train": samples}, histograms=histograms or {})
 
     def warn(self, iteration: int, name: str, sentence: str) -> None:
-        """Something is wrong with the run's numbers: aloud, and in `warnings.jsonl`."""
+        """Something is wrong with the run's numbers: aloud, in `warnings.jsonl`, and as an alert of W&B's."""
         if not self.is_main:
             return
-        print(f"Warning: iteration {iteration}: {sentence}", flush=True)
+        self.bar.say(f"Warning: iteration {iteration}: {sentence}")
         self._write("warnings", [{"iteration": iteration, "warning": name, "sentence": sentence}])
+        self.wandb.alert(name, f"iteration {iteration}: {sentence}")
 
     def evaluation(self, iteration: int, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
         """The held-out prompts after an iteration: `evaluation.jsonl`, and each response in `evaluation_samples.jsonl`.
@@ -98,6 +112,7 @@ class Tracker:
             return
         self._write("evaluation", [{"iteration": iteration, **metrics}])
         self._write("evaluation_samples", [{"iteration": iteration, **row} for row in samples])
+        self.wandb.log(iteration, metrics, tables={"samples/evaluation": samples}, histograms={})
 
     def token_view(self, iteration: int, view: dict[str, Any]) -> None:
         """One response token by token, in `token_views.jsonl`."""
@@ -118,8 +133,15 @@ class Tracker:
                 cut_after(self.output_dir / name, iteration)
         except OSError as error:
             print(f"WARNING: {self.output_dir / name} CANNOT BE WRITTEN ({error}); the run goes on.", flush=True)
-        self.bar.reset()
-        self.bar.update(iteration)
+        self.done = iteration
+        self.bar.go_back_to(iteration)
+
+    def _sum_up(self) -> None:
+        given = dict(done=self.done, of=self.bar.total, shown=self.shown, wandb=self.wandb.where)
+        try:
+            print(summary(self.config, **given), flush=True)
+        except OSError as error:
+            print(f"WARNING: {self.output_dir} CANNOT BE READ ({error}): there is no summary.", flush=True)
 
     def _write(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Add lines to a file of the run's. A full disk does not end the run."""
@@ -131,20 +153,6 @@ class Tracker:
         except OSError as error:
             print(f"WARNING: {name}.jsonl CANNOT BE WRITTEN ({error}); the run goes on.", flush=True)
 
-    def _to_wandb(self, iteration: int, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
-        if self.wandb is None:
-            return
-        import wandb
-
-        try:
-            table = (
-                wandb.Table(columns=list(samples[0]), data=[list(row.values()) for row in samples]) if samples else None
-            )
-            self.wandb.log({"iteration": iteration, **metrics, **({"samples": table} if table is not None else {})})
-        except Exception as error:  # the network, the disk, the service: none may end the run
-            print(f"W&B failed ({type(error).__name__}: {error}); going on without it.", flush=True)
-            self.wandb = None
-
     def __enter__(self) -> "Tracker":
         return self
 
@@ -154,8 +162,6 @@ class Tracker:
         if not self.is_main:
             return
         self.bar.close()
-        if self.wandb is not None:
-            try:
-                self.wandb.finish(exit_code=0 if error is None else 1)
-            except Exception as failure:  # the network, the disk, the service
-                print(f"W&B did not close its run ({type(failure).__name__}: {failure}).", flush=True)
+        self.wandb.close(exit_code=0 if error is None else 1)
+        if error is None:
+            self._sum_up()

@@ -73,7 +73,7 @@ class Checkpoints:
 
         Args:
             num_iterations: of the whole run.
-            new_tracker: takes `resumed_at` and `wandb_id`, as `Tracker` does.
+            new_tracker: takes `resumed_at`, `wandb_id`, `device` and `world_size`, as `Tracker` does.
 
         Raises:
             ValueError: as `load` and `Tracker`.
@@ -87,7 +87,7 @@ class Checkpoints:
             self._tell_of_its_length(trainer.iterations_done, state["num_iterations"], num_iterations)
             given = dict(resumed_at=trainer.iterations_done, wandb_id=state["wandb_id"])
         with comm.same_error_everywhere():
-            return new_tracker(**given)
+            return new_tracker(**given, device=comm.device_name(), world_size=comm.world_size())
 
     def _tell_of_its_length(self, done: int, before: int | None, now: int) -> None:
         """

@@ -123,6 +123,13 @@ def experience_metrics(experience: Experience, *, eos_token_ids: list[int]) -> d
     }
 
 
+def histograms_of(experience: Experience) -> dict[str, list[float]]:
+    """What all ranks' responses are shown by as histograms: those that somebody could score."""
+    scored = ~experience.left_out
+    lengths = experience.sequences.response_lengths[scored]
+    return {"score/histogram": experience.scores[scored].tolist(), "response/length_histogram": lengths.tolist()}
+
+
 def sample_rows(
     experience: Experience,
     prompts: Sequence[str],

@@ -38,7 +38,14 @@ from engine.trainers.guards import quarantine_rows, ran_away
 from engine.trainers.health import signs_of_trouble
 from engine.trainers.own_loop import check_groups, scored_sequences
 from engine.trainers.phases import phase
-from engine.trainers.ppo_metrics import ended, experience_metrics, sample_rows, step_metrics, token_view
+from engine.trainers.ppo_metrics import (
+    ended,
+    experience_metrics,
+    histograms_of,
+    sample_rows,
+    step_metrics,
+    token_view,
+)
 from engine.trainers.ppo_update import PPOUpdate
 from engine.trainers.progress import Progress, next_kl_coef, next_penalty_coef
 
@@ -126,9 +133,9 @@ class DeepSpeedPPOTrainer:
             if not finished:
                 checkpoints.stop(self.progress.iteration, self.snapshot, tracker)
                 return False
-            metrics, view = self.metrics(self.in_flight), token_view(self.in_flight, self.tokenizer)
-            self.in_flight = None
-            tracker.log(self.progress.iteration, metrics, self.samples)
+            metrics, histograms = self.metrics(self.in_flight), histograms_of(self.in_flight)
+            view, self.in_flight = token_view(self.in_flight, self.tokenizer), None
+            tracker.log(self.progress.iteration, metrics, self.samples, histograms)
             if view is not None:
                 tracker.token_view(self.progress.iteration, view)
             self._tell(metrics, tracker)

@@ -21,6 +21,7 @@ from engine.models.scalar_head import load_scalar_head, scoring_pad_token_id
 from engine.rollout.self_check import check_language_model
 from engine.supervised_engine import supervised_engine
 from engine.tracking import Tracker
+from engine.trainers.banner import print_banner, supervised_banner
 from engine.trainers.checkpoints import Checkpoints
 from engine.trainers.objectives import BradleyTerry, DirectPreference, NextToken, Objective
 from engine.trainers.ref_logprobs import online, ref_engine, with_ref_logprobs
@@ -53,11 +54,14 @@ class Stage:
             shown: the metrics of the progress line.
         """
         config, trained = self.trainer.config, Trained(engines={"model": self.model}, averages={})
-        heard = dict(stop=this_run.stop, on_phase=this_run.watch.tell)
+        heard = dict(stop=this_run.stop, on_phase=this_run.tell)
         checkpoints = Checkpoints(config, trained, contents=self.contents, **heard)
         given = dict(num_iterations=self.num_iterations, is_main=comm.is_main(), shown=shown)
-        self.trainer.on_phase = this_run.watch.tell
-        return checkpoints, checkpoints.go_on(self.trainer, self.num_iterations, partial(Tracker, config, **given))
+        self.trainer.on_phase = this_run.tell
+        print_banner(supervised_banner(config, self.model, self.num_iterations))
+        tracker = checkpoints.go_on(self.trainer, self.num_iterations, partial(Tracker, config, **given))
+        this_run.listeners.append(tracker.phase)
+        return checkpoints, tracker
 
     def train(self, tracker: Tracker, checkpoints: Checkpoints | None = None) -> bool:
         """The whole run; whether it came to its end. See `SupervisedTrainer.train`."""

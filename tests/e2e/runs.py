@@ -27,7 +27,7 @@ class Log:
         self.evaluation_samples: list[dict[str, Any]] = []
         self.token_views: list[dict[str, Any]] = []
 
-    def log(self, iteration: int, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
+    def log(self, iteration: int, metrics: dict[str, float], samples: list[dict[str, Any]], histograms=None) -> None:
         self.metrics.append({name: v for name, v in metrics.items() if not name.startswith(UNCOMPARABLE)})
         self.samples.extend(samples)
 

@@ -75,10 +75,10 @@ def launch(tmp_path_factory):
 def test_a_run_without_a_critic_leaves_none_of_an_earlier_run(launch):
     (with_one, out), without = launch(output="again"), ("--advantage_estimator", "reinforce_plus_plus")
     assert with_one.returncode == 0 and (out / "critic" / "config.json").is_file()
-    assert "Metrics, samples, actor, critic: " in with_one.stdout
+    assert f"  models                {out}/actor, {out}/critic\n" in with_one.stdout
     done, _ = launch(*without, output="again")
     assert done.returncode == 0 and (out / "actor" / "config.json").is_file()
-    assert not (out / "critic").exists() and "Metrics, samples, actor: " in done.stdout
+    assert not (out / "critic").exists() and f"  models                {out}/actor\n" in done.stdout
 
 
 def test_a_run_leaves_a_complete_folder(launch):

@@ -58,7 +58,7 @@ def test_a_run_leaves_a_complete_folder(tmp_path, stage):
     model, tokenizer = auto.from_pretrained(out / role), AutoTokenizer.from_pretrained(out / role)
     assert model(torch.tensor([tokenizer("hello")["input_ids"]])).logits.isfinite().all()
     assert tokenizer.chat_template == byte_tokenizer().chat_template
-    assert {path.name for path in out.iterdir()} == {"config.yaml", "metrics.jsonl", role}
+    assert {path.name for path in out.iterdir()} == {"config.yaml", "versions.json", "metrics.jsonl", role}
     assert done.stdout.count("Done: 2 steps") == 1
 
 
