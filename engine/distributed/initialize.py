@@ -25,7 +25,7 @@ from engine.distributed.comm import device
 from engine.distributed.zero_config import frozen_config, training_config
 from engine.models.loading import restore_rope
 from engine.models.lora import REWARD_ADAPTER, adapter_off, adapter_on, is_adapter
-from engine.models.modes import eval_mode
+from engine.models.modes import checkpoint_activations, eval_mode
 
 Engine = DeepSpeedEngine  # what the upper layers hold; they do not import deepspeed
 
@@ -62,7 +62,7 @@ def trained_engine(
     config = training_config(ds_config, dtype=dtype, max_grad_norm=max_grad_norm)
     module = _built(build_model, config)
     if gradient_checkpointing:
-        module.model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(module)
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     adapter = [p for name, p in trained if is_adapter(name)]
     decayed = [p for name, p in trained if not is_adapter(name) and _rank(p) > 1]
