@@ -16,6 +16,7 @@ from typing import Any, Literal
 import deepspeed
 import torch
 from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
 from transformers import get_scheduler
@@ -61,6 +62,7 @@ def trained_engine(
     """
     config = training_config(ds_config, dtype=dtype, max_grad_norm=max_grad_norm)
     module = _built(build_model, config)
+    _fit_buckets(config, elements=sum(math.prod(whole_shape(p)) for p in module.parameters() if p.requires_grad))
     if gradient_checkpointing:
         checkpoint_activations(module)
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
@@ -217,6 +219,19 @@ def _parameters_sharded_as_made(config: dict[str, Any]) -> Iterator[None]:
     finally:
         unset_hf_deepspeed_config()
         del switch
+
+
+def _fit_buckets(config: dict[str, Any], *, elements: int) -> None:
+    """Let DeepSpeed allocate no more for sums between ranks than there are gradients: its buckets hold half a billion
+    elements, whatever the model's size. Nothing is added up in another order.
+
+    Args:
+        elements: that are trained.
+    """
+    zero = config["zero_optimization"]
+    for name in ("reduce_bucket_size", "allgather_bucket_size"):
+        given = zero.get(name, DeepSpeedZeroConfig.model_fields[name].default)
+        zero[name] = max(2, min(int(given), elements + elements % 2))  # DeepSpeed takes even ones only
 
 
 def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
