@@ -13,7 +13,7 @@ Assumed:
 """
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -89,7 +89,7 @@ def pass_peak(
 class LiveBytes(TorchDispatchMode):
     """Inside the block, the bytes of all storages that were made in it and live, and the most there were."""
 
-    def __init__(self, uncounted: Iterator[Tensor]):
+    def __init__(self, uncounted: Sequence[Tensor]):
         """
         Args:
             uncounted: tensors that were there before, and are written to in the block.
@@ -133,7 +133,7 @@ class _Pass:
 
     def answering(self) -> PassPeak:
         """Forward alone."""
-        with torch.no_grad(), LiveBytes(self.module.parameters()) as bytes_:
+        with torch.no_grad(), LiveBytes([*self.module.parameters(), *self.module.buffers()]) as bytes_:
             said = self._answer(with_entropy=True)
             if self.kl_full:
                 theirs = self._answer()
@@ -145,8 +145,8 @@ class _Pass:
         weights = list(self.module.parameters())
         for weight in weights:
             weight.grad = torch.empty_like(weight) if weight.requires_grad else None
-        there = (*weights, *(weight.grad for weight in weights if weight.grad is not None))
-        with LiveBytes(there) as bytes_:
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        with LiveBytes([*weights, *gradients, *self.module.buffers()]) as bytes_:
             said = self._answer()
             loss = self._loss(said)
             saved = bytes_.live
