@@ -8,8 +8,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import deepspeed
-import psutil
-import torch
 from deepspeed import DeepSpeedEngine
 from torch import nn
 
@@ -74,12 +72,7 @@ def _unsharded(engine: DeepSpeedEngine) -> Iterator[None]:
 
 def _check_it_fits(engine: DeepSpeedEngine) -> None:
     needed = parameter_bytes(engine)
-    if comm.device().type == "cuda":
-        # What torch's allocator holds idle since the last phase is as good as free.
-        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    else:
-        free = psutil.virtual_memory().available // comm.world_size()
-    least = -comm.max_over_ranks(-free)
+    least = -comm.max_over_ranks(-comm.free_memory())
     if needed >= least:
         raise ValueError(
             f"The whole actor takes {needed / 2**30:.1f} GiB on every rank during generation, and one rank has only "
