@@ -1,19 +1,21 @@
-"""What one forward (and backward) pass takes above weights and gradients, found by running the engine's own model code on
-tensors without data and counting the bytes of the storages that live.
+"""What one forward (and backward) pass takes above weights and gradients, found by running the engine's own model code
+on tensors without data and counting the bytes of the storages that live.
 
 Assumed:
-- The attention kernel is a fused one (flash, or memory-efficient): it keeps queries, keys, values, output and one number
-  per query and head. torch 2.13 makes tensors without data only for devices that it is built for, so the CPU's fused
-  kernel is run in the place of the GPU's, which keeps the same tensors. A mask that a model insists on is counted.
+- The attention kernel is a fused one (flash, or memory-efficient): it keeps queries, keys, values, output and one
+  number per query and head. torch 2.13 makes tensors without data only for devices that it is built for, so the CPU's
+  fused kernel is run in the place of the GPU's, which keeps the same tensors. A mask that a model insists on counts.
 - What a kernel uses inside of itself (workspaces of matrix products) is not seen.
-- Every row is as long as the longest. A micro-batch holds at most `micro_batch_tokens` tokens, padding included, so that
-  full rows up to that budget bound any mixture of lengths: fewer tokens, and no more of them in one row.
+- Every row is as long as the longest. A micro-batch holds at most `micro_batch_tokens` tokens, padding included, so
+  that full rows up to that budget bound any mixture of lengths: fewer tokens, and no row longer.
 - All layers are alike: two depths are measured, the rest follows a straight line.
-- What is quantised is counted as if it were not; one layer's unpacked weight is part of neither.
+- What is quantised is counted as if it were not, and the one weight that is unpacked at a time is left out.
+- The entropy is asked for where nothing is trained, as rollouts ask for it; a bonus for it in the loss
+  (`entropy_coef`) takes one chunk of logits more than is said here.
 """
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -53,7 +55,7 @@ def pass_peak(
     head: Literal["language", "score"],
     kl_full: bool = False,
 ) -> PassPeak:
-    """Of one micro-batch, run as `rollout/measuring.py` does (not trained) or as `trainers/ppo_update.py` does (trained).
+    """Of one micro-batch, run as in `rollout/measuring.py` (not trained) or in `trainers/ppo_update.py` (trained).
 
     Args:
         build_model: makes the wrapper module, dropout off and adapters in; on the meta device, where it is large. Its
@@ -89,7 +91,7 @@ def pass_peak(
 class LiveBytes(TorchDispatchMode):
     """Inside the block, the bytes of all storages that were made in it and live, and the most there were."""
 
-    def __init__(self, uncounted: Iterator[Tensor]):
+    def __init__(self, uncounted: Sequence[Tensor]):
         """
         Args:
             uncounted: tensors that were there before, and are written to in the block.
@@ -133,7 +135,7 @@ class _Pass:
 
     def answering(self) -> PassPeak:
         """Forward alone."""
-        with torch.no_grad(), LiveBytes(self.module.parameters()) as bytes_:
+        with torch.no_grad(), LiveBytes([*self.module.parameters(), *self.module.buffers()]) as bytes_:
             said = self._answer(with_entropy=True)
             if self.kl_full:
                 theirs = self._answer()
@@ -145,8 +147,8 @@ class _Pass:
         weights = list(self.module.parameters())
         for weight in weights:
             weight.grad = torch.empty_like(weight) if weight.requires_grad else None
-        there = (*weights, *(weight.grad for weight in weights if weight.grad is not None))
-        with LiveBytes(there) as bytes_:
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        with LiveBytes([*weights, *gradients, *self.module.buffers()]) as bytes_:
             said = self._answer()
             loss = self._loss(said)
             saved = bytes_.live

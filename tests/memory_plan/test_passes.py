@@ -3,10 +3,10 @@
 import functools
 
 import pytest
+import tiny
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-import tiny
 from engine.algorithms.logprobs import chunked_full_kl, chunked_full_kl_sum
 from engine.data.sequences import Sequences
 from engine.memory_plan.passes import PassPeak, pass_peak
@@ -17,15 +17,16 @@ from engine.models.scalar_head import load_scalar_head
 
 WIDTH, VOCABULARY, TOKENS, RESPONSE, ROWS, CHUNK = 128, 1024, 256, 128, 2, 64
 KINDS = {
-    "llama": f"hidden_size={WIDTH}&num_attention_heads=4&num_key_value_heads=2&intermediate_size=384&num_hidden_layers=",
-    "qwen2": f"hidden_size={WIDTH}&num_attention_heads=4&num_key_value_heads=2&intermediate_size=256&num_hidden_layers=",
-    "gpt2": f"n_embd={WIDTH}&n_head=4&n_positions=512&n_layer=",
-    "opt": f"hidden_size={WIDTH}&num_attention_heads=4&ffn_dim=512&word_embed_proj_dim={WIDTH}&num_hidden_layers=",
+    "llama": f"hidden_size={WIDTH}&num_attention_heads=4&num_key_value_heads=2&intermediate_size=384",
+    "qwen2": f"hidden_size={WIDTH}&num_attention_heads=4&num_key_value_heads=2&intermediate_size=256",
+    "gpt2": f"n_embd={WIDTH}&n_head=4&n_positions=512",
+    "opt": f"hidden_size={WIDTH}&num_attention_heads=4&ffn_dim=512&word_embed_proj_dim={WIDTH}",
 }
 
 
 def name_of(kind: str, *, layers: int = 3, vocabulary: int = VOCABULARY) -> str:
-    return f"random://{kind}?{KINDS[kind]}{layers}&vocab_size={vocabulary}"
+    depth = "n_layer" if kind == "gpt2" else "num_hidden_layers"
+    return f"random://{kind}?{KINDS[kind]}&{depth}={layers}&vocab_size={vocabulary}"
 
 
 def language(name: str, dtype: torch.dtype = torch.float32):
@@ -151,7 +152,7 @@ def test_what_is_kept_grows_with_the_tokens():
 
 
 def test_the_chunk_bounds_the_logits():
-    """A pass without gradients holds two copies of the chunk, logits and what the entropy is made of, and the states."""
+    """Without gradients a chunk is held twice: logits, and what the entropy is made of."""
     vocabulary = 32768
     build = language(name_of("llama", vocabulary=vocabulary))
     peaks = {chunk: planned(build, trained=False, logits_chunk_tokens=chunk).peak_bytes for chunk in (32, 64, 10**6)}
