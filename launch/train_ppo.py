@@ -2,8 +2,8 @@
 
     deepspeed --num_accelerators 2 launch/train_ppo.py --config launch/recipes/gsm8k_tiny.yaml --output_dir runs/ppo
 
-Also under torchrun, and as plain `python` for one rank. Writes config.yaml, metrics and samples (JSONL), checkpoints/
-and the exported actor/ and critic/ to the output folder. `--resume auto` goes on with a run that ended early.
+Also under torchrun, and as plain `python` for one rank. Writes the settings, the memory plan, metrics and samples,
+checkpoints/ and the exported actor/ and critic/ to the output folder. `--resume auto` goes on with a run that ended.
 """
 
 import shutil
@@ -14,6 +14,7 @@ from engine.config import PPOConfig, parse, run
 from engine.data import create_datasets, create_eval_dataset, create_pretraining_dataset
 from engine.distributed import comm
 from engine.distributed.run import Run
+from engine.memory_plan import planned_peak_gib, with_stages_chosen
 from engine.models.loading import load_tokenizer
 from engine.rlhf_engine import DeepSpeedRLHFEngine
 from engine.rollout.environments import load_environment
@@ -28,7 +29,7 @@ from engine.trainers.ppo_trainer import DeepSpeedPPOTrainer
 def main() -> None:
     config = parse(PPOConfig)
     with Run(config) as this_run:
-        train(config, this_run)
+        train(with_stages_chosen(config), this_run)
 
 
 def train(config: PPOConfig, this_run: Run) -> None:
@@ -43,6 +44,7 @@ def train(config: PPOConfig, this_run: Run) -> None:
         pretraining = create_pretraining_dataset(config, tokenizer)
         contents = contents_of(config, prompts.dataset, held_out, pretraining and pretraining.dataset.examples)
     comm.check_same_everywhere(contents)
+    planned = planned_peak_gib(config)
     rlhf_engine = DeepSpeedRLHFEngine(
         actor_model_name_or_path=config.models["actor"],
         critic_model_name_or_path=config.models["critic"],
@@ -51,12 +53,12 @@ def train(config: PPOConfig, this_run: Run) -> None:
         args=config,
     )
     print_banner(ppo_banner(config, rlhf_engine, num_iterations))
-    told = this_run.tell
-    trainer = DeepSpeedPPOTrainer(rlhf_engine, config, pretraining, on_phase=told, held_out=held_out)
-    checkpoints = Checkpoints(config, rlhf_engine.trained, contents=contents, stop=this_run.stop, on_phase=told)
-    tracker = checkpoints.go_on(
-        trainer, num_iterations, partial(Tracker, config, num_iterations=num_iterations, is_main=comm.is_main())
-    )
+    given = dict(on_phase=this_run.tell, held_out=held_out, planned_gib=planned)
+    trainer = DeepSpeedPPOTrainer(rlhf_engine, config, pretraining, **given)
+    kept = dict(contents=contents, stop=this_run.stop, on_phase=this_run.tell)
+    checkpoints = Checkpoints(config, rlhf_engine.trained, **kept)
+    new_tracker = partial(Tracker, config, num_iterations=num_iterations, is_main=comm.is_main())
+    tracker = checkpoints.go_on(trainer, num_iterations, new_tracker)
     this_run.listeners.append(tracker.phase)
     with tracker:
         if trainer.train(prompts, num_iterations, tracker, checkpoints):

@@ -19,9 +19,15 @@ LAYERS = {
     "supervised_engine": 4,
     "trainers": 5,
 }
-# Neither is a layer: the config is for layers 2 and up, a tracker is told what to write.
-FREE = {"config", "environments", "run_folder", "scores", "tracking"}
-MAY_IMPORT = {"config": set(), "environments": {"scores"}, "run_folder": set(), "tracking": {"config"}}
+# None is a layer: the config is for layers 2 and up, a tracker is told what to write, a plan is asked before a run.
+FREE = {"config", "environments", "memory_plan", "run_folder", "scores", "tracking"}
+MAY_IMPORT = {
+    "config": set(),
+    "environments": {"scores"},
+    "memory_plan": {"algorithms", "config", "distributed", "models"},
+    "run_folder": set(),
+    "tracking": {"config"},
+}
 
 
 def part_of(module: str) -> str:
@@ -57,6 +63,8 @@ def allowed(importer: str, imported: str) -> bool:
         return LAYERS[importer] >= 2
     if imported == "tracking":
         return importer == "trainers"
+    if imported == "memory_plan":
+        return False
     if imported == "run_folder":
         return importer == "distributed"
     return LAYERS[imported] < LAYERS[importer]
@@ -109,6 +117,8 @@ def test_the_rule_can_be_broken():
     assert not allowed("tracking", "trainers")
     assert not allowed("rollout", "tracking")
     assert not allowed("data", "models")
+    assert not allowed("memory_plan", "trainers")
+    assert not allowed("trainers", "memory_plan")
     assert allowed("rollout", "distributed")
     assert allowed("distributed", "models")
     assert allowed("trainers", "rlhf_engine")

@@ -9,7 +9,7 @@ DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 class Sharded(Protocol):
     """A config that says how something is sharded: by a stage, by a file, or not at all."""
 
-    zero_stage: int | None
+    zero_stage: int | str | None
     ds_config: str | None
 
 
@@ -28,7 +28,8 @@ def next_multiple(value: int, unit: int) -> int:
 
 
 def ds_config_of(*candidates: tuple[Sharded, str]) -> Path:
-    """The file in which sharding is described: of the first candidate that names one, else stage 2.
+    """The file in which sharding is described: of the first candidate that names one, else stage 2. There is none yet
+    of a stage that is left to the memory plan (`auto`).
 
     Args:
         candidates: a config and the prefix of its flags, as in (config.actor, "actor.").

@@ -37,7 +37,8 @@ class PPOConfig:
             heads, trained together; the ref is the model without it; the reward model, where there is one, is another
             adapter of the same model, as reward-model training exports it with `lora.export: adapter`.
         value_coef: of the value loss, beside the policy's. A critic of its own feels it in gradient clipping alone.
-        zero_stage: of every role that does not name its own; `ds_config` is a DeepSpeed JSON file in its place.
+        zero_stage: of every role that does not name its own; `ds_config` is a DeepSpeed JSON file in its place. `auto`
+            takes the cheapest stages that fit, by the memory plan; they are chosen when the run starts.
         dtype: `auto` is bfloat16 on a GPU and float32 on a CPU.
         rollout_batch_size: responses per iteration, all GPUs.
         minibatch_size: responses per optimizer step, all GPUs.
@@ -86,7 +87,7 @@ class PPOConfig:
     resume: Literal["auto", "never"] | None = None
     seed: int = 0
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    zero_stage: Literal[0, 1, 2, 3] | None = None
+    zero_stage: Literal[0, 1, 2, 3, "auto"] | None = None
     ds_config: str | None = None
     num_train_epochs: int = 1
     num_iterations: int | None = None

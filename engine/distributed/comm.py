@@ -119,6 +119,15 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
 
 
+def free_memory() -> int:
+    """Bytes that this rank may take: of its GPU, where what torch's allocator holds idle is as good as free; of the
+    machine's memory its share on a CPU.
+    """
+    if device().type == "cuda":
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return psutil.virtual_memory().available // world_size()
+
+
 def barrier() -> None:
     dist.barrier()
 

@@ -9,8 +9,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 
 import deepspeed
-import psutil
-import torch
 from deepspeed import DeepSpeedEngine
 from torch import nn
 
@@ -102,9 +100,4 @@ def _check_it_fits(engine: DeepSpeedEngine) -> None:
 
 def _least_free() -> float:
     """Bytes free on the rank that has the least. A collective."""
-    if comm.device().type == "cuda":
-        # What torch's allocator holds idle since the last phase is as good as free.
-        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    else:
-        free = psutil.virtual_memory().available // comm.world_size()
-    return -comm.max_over_ranks(-free)
+    return -comm.max_over_ranks(-comm.free_memory())

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import deepspeed
 import torch
 from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
 from transformers import get_scheduler
@@ -25,7 +26,7 @@ from engine.distributed.comm import device
 from engine.distributed.zero_config import frozen_config, training_config
 from engine.models.loading import restore_rope
 from engine.models.lora import REWARD_ADAPTER, adapter_off, adapter_on, is_adapter
-from engine.models.modes import eval_mode
+from engine.models.modes import checkpoint_activations, eval_mode
 from engine.models.quantization import is_quantised
 
 Engine = DeepSpeedEngine  # what the upper layers hold; they do not import deepspeed
@@ -63,8 +64,9 @@ def trained_engine(
     """
     config = training_config(ds_config, dtype=dtype, max_grad_norm=max_grad_norm)
     module = _built(build_model, config)
+    _fit_buckets(config, elements=sum(math.prod(whole_shape(p)) for p in module.parameters() if p.requires_grad))
     if gradient_checkpointing:
-        module.model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(module)
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     adapter = [p for name, p in trained if is_adapter(name)]
     decayed = [p for name, p in trained if not is_adapter(name) and _rank(p) > 1]
@@ -233,6 +235,19 @@ def _parameters_sharded_as_made(config: dict[str, Any]) -> Iterator[None]:
     finally:
         unset_hf_deepspeed_config()
         del switch
+
+
+def _fit_buckets(config: dict[str, Any], *, elements: int) -> None:
+    """Let DeepSpeed allocate no more for sums between ranks than there are gradients: its buckets hold half a billion
+    elements, whatever the model's size. Nothing is added up in another order.
+
+    Args:
+        elements: that are trained.
+    """
+    zero = config["zero_optimization"]
+    for name in ("reduce_bucket_size", "allgather_bucket_size"):
+        given = zero.get(name, DeepSpeedZeroConfig.model_fields[name].default)
+        zero[name] = max(2, min(int(given), elements + elements % 2))  # DeepSpeed takes even ones only
 
 
 def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:

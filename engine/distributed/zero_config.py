@@ -5,6 +5,7 @@ config. DeepSpeed itself ignores a key it does not know, so the keys are checked
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,6 +61,48 @@ def frozen_config(path: Path, *, dtype: str) -> dict[str, Any]:
     if zero.get("stage", 0) < 3:
         strategy["zero_optimization"] = {"stage": 0}
     return strategy | _common(dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharding:
+    """How DeepSpeed keeps a model in memory, its own defaults filled in.
+
+    Attributes:
+        bucket_elements: of gradients that are summed over ranks at a time, at most.
+        buckets: so many of them there are at a time.
+        live_elements: of weights that stay whole under ZeRO-3 while a pass goes through the layers, at most, but for
+            one layer.
+        persistent_elements: a weight of no more than these is always whole under ZeRO-3.
+        group_elements: under ZeRO-3, so many are stepped at a time.
+    """
+
+    stage: int
+    optimizer_on_host: bool
+    weights_on_host: bool
+    bucket_elements: int
+    buckets: int
+    live_elements: int
+    persistent_elements: int
+    group_elements: int
+
+
+def sharding_of(config: dict[str, Any]) -> Sharding:
+    """What a DeepSpeed config of `training_config` or `frozen_config` amounts to."""
+    zero = DeepSpeedZeroConfig(**config["zero_optimization"])
+    on_host = {
+        name: given is not None and given.device != "none"
+        for name, given in {"optimizer": zero.offload_optimizer, "weights": zero.offload_param}.items()
+    }
+    return Sharding(
+        stage=int(zero.stage),
+        optimizer_on_host=on_host["optimizer"],
+        weights_on_host=on_host["weights"],
+        bucket_elements=zero.reduce_bucket_size,
+        buckets=2 if zero.overlap_comm and zero.stage < 3 else 1,
+        live_elements=zero.max_live_parameters + zero.prefetch_bucket_size,
+        persistent_elements=zero.param_persistence_threshold,
+        group_elements=zero.sub_group_size,
+    )
 
 
 def _common(dtype: Literal["float32", "bfloat16", "float16"]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Training mode and eval mode."""
+"""Training mode, eval mode, and activations that are kept or computed again."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,3 +19,12 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         if was_training:
             module.train()
+
+
+def checkpoint_activations(module: nn.Module) -> None:
+    """Keep a layer's input only, and compute the layer again in the backward pass.
+
+    Args:
+        module: a wrapper; its `.model` is the transformers model.
+    """
+    module.model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -1,0 +1,76 @@
+"""The memory plan of a run that starts: asked for stages where they are left to it, and written to the run's folder."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from engine.config import PPOConfig
+from engine.distributed import comm
+from engine.memory_plan.phases import Sizes
+from engine.memory_plan.plan import Plan, Planner, memory_plan
+from engine.memory_plan.recommendation import Machine, recommendation
+
+FILE = "memory_plan.json"
+
+
+def with_stages_chosen(config: PPOConfig) -> PPOConfig:
+    """The config with `zero_stage: auto` spelled out for each role, the same on every rank; any other as it is.
+
+    A collective where there is something to choose: rank 0 decides, by the least memory that is free on any rank.
+
+    Raises:
+        ValueError: on every rank, when nothing fits, or a model's sizes are not known.
+    """
+    if config.zero_stage != "auto":
+        return config
+    device, world_size = comm.device().type, comm.world_size()
+    free = int(-comm.max_over_ranks(-comm.free_memory()))
+    roles = {}
+    with comm.same_error_everywhere():
+        if comm.is_main():
+            roles = _stages(config, Machine(world_size=world_size, device_memory=free), device=device)
+    roles = comm.of_main(roles)
+    return replace(
+        config, zero_stage=None, **{role: replace(getattr(config, role), **how) for role, how in roles.items()}
+    )
+
+
+def _stages(config: PPOConfig, machine: Machine, *, device: str) -> dict[str, dict[str, int | str]]:
+    """Each role's own setting; prints why."""
+    planner = Planner.of(config, device=device)
+    own = {role: getattr(config, role) for role in ("actor", "critic", "ref", "reward")}
+    fixed = {
+        name: config.ds_config_of(name) for name, of in own.items() if (of.zero_stage, of.ds_config) != (None, None)
+    }
+    found = recommendation(planner, machine, fixed=fixed)
+    as_set = Sizes.of(config, world_size=machine.world_size)
+    if found.sizes != as_set:  # nothing fits, or with smaller micro-batches, which are the user's to set
+        raise ValueError("zero_stage=auto finds no way to fit this run as it is.\n  " + "\n  ".join(found.reasons))
+    print("zero_stage=auto:\n  " + "\n  ".join(found.reasons), flush=True)
+    chosen = {name: file for name, file in found.sharding.items() if name not in fixed}
+    return {name: _setting(file) for name, file in chosen.items()}
+
+
+def _setting(file: Path) -> dict[str, int | str]:
+    plain = re.fullmatch(r"zero(\d)", file.stem)
+    return {"zero_stage": int(plain[1])} if plain else {"ds_config": str(file)}
+
+
+def planned_peak_gib(config: PPOConfig) -> float | None:
+    """What a run that starts is planned to take on each rank, on every rank; None, and a line that says why, where
+    there is no plan. Rank 0 writes the plan to the run's folder. A collective.
+    """
+    plan = None
+    if comm.is_main():
+        try:
+            plan = memory_plan(config, comm.world_size(), device=comm.device().type)
+            _write(plan, Path(config.output_dir))
+        except Exception as error:  # of whatever kind: a run does not end for want of a plan, and the others wait here
+            print(f"No memory plan: {type(error).__name__}: {error}", flush=True)
+    return comm.of_main(plan and plan.peak_bytes / 2**30)
+
+
+def _write(plan: Plan, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / FILE).write_text(json.dumps(plan.as_dict(), indent=2) + "\n")

@@ -1,0 +1,213 @@
+"""How to shard each role, so that a run fits: the cheapest way that does, with its reasons.
+
+Cheap is what moves few bytes between ranks. Of what fits within the memory less a margin, the way of the lowest cost is
+taken; smaller micro-batches are preferred to offloading, which slows every step.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+from engine.config import DS_CONFIGS, PPOConfig, SteadyLoRAConfig
+from engine.memory_plan.phases import Sizes
+from engine.memory_plan.plan import Plan, Planner
+
+MARGIN = 0.1  # of the device, for what the plan does not see: CUDA's context, NCCL's buffers, gaps between tensors
+GIB = 2**30
+# Files of ds_configs/ -> what they cost relative to each other, in bytes sent and time waited. To a model without
+# gradients stages 1 and 2 are stage 0.
+TRAINED = {"zero0": 0, "zero1": 1, "zero2": 2, "zero3": 5, "zero2_offload": 20, "zero3_offload": 30}
+FROZEN = {"zero0": 0, "zero3": 1, "zero3_offload": 25}
+MORE_GPUS = 4096
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """
+    Attributes:
+        plan: None where nothing fits.
+        sizes: of its passes.
+        reasons: sentences: what was chosen and why, or what would have to change.
+    """
+
+    plan: Plan | None
+    sizes: Sizes | None
+    reasons: tuple[str, ...]
+
+    @property
+    def sharding(self) -> dict[str, Path]:
+        """Each role's file of `ds_configs/`."""
+        return self.plan.sharding if self.plan else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What a run may take.
+
+    Attributes:
+        device_memory: bytes of each rank's device.
+        host_memory: bytes of a machine's own memory, for all its ranks.
+    """
+
+    world_size: int
+    device_memory: int
+    host_memory: int | None = None
+    ranks_per_node: int = 8
+
+    def holds(self, plan: Plan) -> bool:
+        """With the margin left over."""
+        on_host = self.host_memory is None or plan.host_bytes <= (1 - MARGIN) * self.host_memory
+        return plan.peak_bytes <= (1 - MARGIN) * self.device_memory and on_host
+
+
+def recommendation(planner: Planner, machine: Machine, *, fixed: Mapping[str, Path] | None = None) -> Recommendation:
+    """The cheapest sharding of each role that fits.
+
+    Args:
+        fixed: files of roles that are not to be chosen.
+    """
+    chosen = _chosen(planner, machine, fixed or {})
+    if chosen is not None:
+        plan, sizes = chosen
+        return Recommendation(plan, sizes, tuple(_reasons(planner, machine, plan, sizes, fixed or {})))
+    reasons = [f"Nothing fits into {machine.device_memory / GIB:.0f} GiB on each of {machine.world_size} ranks."]
+    smallest = min(
+        _plans(planner, machine, fixed or {}, [_smallest(planner, machine)]), key=lambda plan: plan.peak_bytes
+    )
+    phase = max(smallest.phases, key=lambda name: smallest.phases[name].peak_bytes)
+    part = max(smallest.phases[phase].parts.items(), key=lambda item: item[1])
+    reasons.append(
+        f"The least that can be had is {smallest.peak_bytes / GIB:.1f} GiB, in phase {phase}, most of it {part[0]} "
+        f"({part[1] / GIB:.1f} GiB); a margin of {MARGIN:.0%} is left for what the plan does not see."
+    )
+    if machine.host_memory is not None and smallest.host_bytes > (1 - MARGIN) * machine.host_memory:
+        reasons.append(
+            f"It needs {smallest.host_bytes / GIB:.0f} GiB of a machine's own memory, and there are "
+            f"{machine.host_memory / GIB:.0f} GiB."
+        )
+    return Recommendation(None, None, (*reasons, *_ways_out(planner, machine, fixed or {})))
+
+
+def _chosen(planner: Planner, machine: Machine, fixed: Mapping[str, Path]) -> tuple[Plan, Sizes] | None:
+    as_set = Sizes.of(planner.config, world_size=machine.world_size)
+    for offloaded in (False, True):
+        for sizes in (as_set, *_smaller(as_set)):
+            for plan in _plans(planner, machine, fixed, [sizes]):
+                offloads = any(_offloads(file) and role not in fixed for role, file in plan.sharding.items())
+                if offloads == offloaded and machine.holds(plan):
+                    return plan, sizes
+    return None
+
+
+def _plans(planner: Planner, machine: Machine, fixed: Mapping[str, Path], several: Iterable[Sizes]) -> Iterator[Plan]:
+    """Under every sharding, the cheapest first."""
+    options, states = {}, {}
+    for role in planner.roles:
+        costs = dict(TRAINED if role.trained else FROZEN)
+        if role.trained and role.dtype.itemsize < 4:
+            del costs["zero0"]  # it runs as stage 1
+        files = {DS_CONFIGS / f"{name}.json": cost for name, cost in costs.items()}
+        options[role.name] = {fixed[role.name]: 0} if role.name in fixed else files
+        for file in options[role.name]:
+            states[role.name, file] = planner.states(role, file, world_size=machine.world_size)
+    ways = [dict(zip(options, files, strict=True)) for files in product(*options.values())]
+    ways.sort(key=lambda way: sum(options[role][file] for role, file in way.items()))
+    given = dict(world_size=machine.world_size, ranks_per_node=machine.ranks_per_node)
+    for sizes in several:
+        for way in ways:
+            yield planner.plan_of({role: states[role, file] for role, file in way.items()}, way, sizes=sizes, **given)
+
+
+def _smaller(sizes: Sizes) -> Iterator[Sizes]:
+    """Fewer rows at a time, halved until one is left."""
+    while sizes.micro_batch_size > 1 or sizes.rollout_rows > 1:
+        micro, rows = max(1, sizes.micro_batch_size // 2), max(1, sizes.rollout_rows // 2)
+        sizes = replace(sizes, micro_batch_size=micro, rollout_rows=rows)
+        yield sizes
+
+
+def _smallest(planner: Planner, machine: Machine) -> Sizes:
+    return replace(Sizes.of(planner.config, world_size=machine.world_size), micro_batch_size=1, rollout_rows=1)
+
+
+def _offloads(file: Path) -> bool:
+    return file.stem.endswith("offload")
+
+
+def _reasons(planner: Planner, machine: Machine, plan: Plan, sizes: Sizes, fixed: Mapping[str, Path]) -> Iterator[str]:
+    given = dict(world_size=machine.world_size, ranks_per_node=machine.ranks_per_node, sizes=sizes)
+    limit = (1 - MARGIN) * machine.device_memory
+    for role in planner.roles:
+        file = plan.sharding[role.name]
+        if role.name in fixed:
+            yield f"{role.name}: {file.stem}, as the config says."
+            continue
+        costs = list(TRAINED if role.trained else FROZEN)
+        cheaper = [name for name in costs[: costs.index(file.stem)] if name != "zero0" or role.dtype.itemsize == 4]
+        cheaper = cheaper if role.trained else costs[: costs.index(file.stem)]
+        if not cheaper:
+            yield f"{role.name}: {_in_words(file)}, since all fits without sharding it further."
+            continue
+        other = planner.plan(dict(plan.sharding) | {role.name: DS_CONFIGS / f"{cheaper[-1]}.json"}, **given)
+        phase = max(other.phases, key=lambda name: other.phases[name].peak_bytes)
+        why = (
+            f"{other.peak_bytes / GIB:.1f} GiB in phase {phase}, above {limit / GIB:.1f} GiB"
+            if other.peak_bytes > limit
+            else f"{other.host_bytes / GIB:.0f} GiB of the machine's own memory"
+            if not machine.holds(other)
+            else "no less, and other roles would have to be sharded at a higher cost"
+        )
+        yield f"{role.name}: {_in_words(file)}, since {_in_words(Path(cheaper[-1]))} would take {why}."
+    config, as_set = planner.config, Sizes.of(planner.config, world_size=machine.world_size)
+    if sizes != as_set:
+        yield (
+            f"Set --micro_batch_size {sizes.micro_batch_size} --rollout.micro_batch_size {sizes.rollout_rows}: with "
+            f"the config's {as_set.micro_batch_size} and {as_set.rollout_rows} rows at a time it does not fit."
+        )
+    if (unit := sizes.micro_batch_size * machine.world_size) and config.minibatch_size % unit:
+        yield f"minibatch_size={config.minibatch_size} has to be a multiple of {unit} on {machine.world_size} ranks."
+    yield (
+        f"The peak is {plan.peak_bytes / GIB:.1f} GiB of {machine.device_memory / GIB:.1f} GiB; {MARGIN:.0%} are left "
+        f"for what the plan does not see."
+    )
+
+
+def _in_words(file: Path) -> str:
+    stage, _, offload = file.stem.removeprefix("zero").partition("_")
+    return f"ZeRO {stage}" + (" with offload to the host" if offload else "")
+
+
+def _ways_out(planner: Planner, machine: Machine, fixed: Mapping[str, Path]) -> Iterator[str]:
+    """Changes after each of which the run would fit, or does not even then."""
+    config: PPOConfig = planner.config
+    trained = {role.name for role in planner.roles if role.trained}
+    changes = {}
+    if not all(getattr(config, role).gradient_checkpointing for role in trained):
+        names = " and ".join(f"--{role}.gradient_checkpointing true" for role in sorted(trained))
+        changes[names] = {role: replace(getattr(config, role), gradient_checkpointing=True) for role in trained}
+    halved = replace(config.rollout, max_response_tokens=-(-config.rollout.max_response_tokens // 2))
+    prompts = replace(config.data, max_prompt_tokens=-(-config.data.max_prompt_tokens // 2))
+    fewer = f"--data.max_prompt_tokens {prompts.max_prompt_tokens} --rollout.max_response_tokens"
+    changes[f"{fewer} {halved.max_response_tokens} (half the tokens)"] = {"rollout": halved, "data": prompts}
+    if not config.actor.has_adapter:
+        lora = SteadyLoRAConfig(r=16)
+        names = " ".join(f"--{role}.lora.r 16" for role in sorted(trained))
+        changes[f"{names} (LoRA)"] = {role: replace(getattr(config, role), lora=lora) for role in trained}
+    for names, change in changes.items():
+        if _chosen(Planner.of(replace(config, **change), device=planner.device), machine, fixed) is not None:
+            yield f"It would fit with {names}."
+        else:
+            yield f"It would not fit with {names} alone."
+    if config.rollout.weights == "gathered":
+        rollout = replace(config.rollout, weights="sharded")
+        if _chosen(replace(planner, config=replace(config, rollout=rollout)), machine, fixed) is not None:
+            yield "It would fit with --rollout.weights sharded, which generates slowly."
+    size = 2 * machine.world_size
+    while size <= MORE_GPUS:
+        more = replace(machine, world_size=size)
+        if _chosen(planner, more, fixed) is not None:
+            yield f"It would fit on {size} such GPUs."
+            return
+        size *= 2
+    yield f"It would not fit on {MORE_GPUS} such GPUs either: take larger ones, a smaller model, or one of the above."
