@@ -131,8 +131,8 @@ def _bytes_per_logit(config: PPOConfig) -> int:
 def _score(
     config: PPOConfig, roles: Mapping[str, Role], states: Mapping[str, ModelStates], sizes: Sizes
 ) -> list[Parts]:
-    """Each model asked about one micro-batch: under ZeRO-3 whole where it is no larger than the actor, which is whole in
-    the rollout, and layer by layer otherwise (see `gathered_for_scoring`). The full KL asks actor and ref together.
+    """Each model asked about one micro-batch: under ZeRO-3 whole where it is no larger than the actor, which is whole
+    in the rollout, and layer by layer otherwise (`gathered_for_scoring`). The full KL asks actor and ref together.
     """
     most = states["actor"].whole_bytes if config.rollout.weights == "gathered" else 0
     held = {
