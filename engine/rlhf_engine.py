@@ -75,6 +75,8 @@ class DeepSpeedRLHFEngine:
                 there or not of its kind, or one whose vocabulary is not the actor's.
         """
         args.check_world_size(comm.world_size())
+        if args.zero_stage == "auto":
+            raise ValueError("zero_stage=auto: choose first, with engine.memory_plan.with_stages_chosen(args).")
         self.args, self.tokenizer = args, tokenizer
         self.dtype = resolved_dtype(args.dtype, on_gpu=comm.device().type == "cuda")
         if args.rollout.logprobs == "drawn" and self.dtype != "float32":

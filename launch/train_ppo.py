@@ -2,8 +2,8 @@
 
     deepspeed --num_accelerators 2 launch/train_ppo.py --config launch/recipes/gsm8k_tiny.yaml --output_dir runs/ppo
 
-Also under torchrun, and as plain `python` for one rank. Writes config.yaml, metrics.jsonl, samples.jsonl, checkpoints/
-and the exported actor/ and critic/ to the output folder. `--resume auto` goes on with a run that ended early.
+Also under torchrun, and as plain `python` for one rank. Writes config.yaml, memory_plan.json, metrics.jsonl,
+samples.jsonl, checkpoints/ and the exported actor/ and critic/ to the output folder. `--resume auto` goes on.
 """
 
 import shutil
@@ -14,6 +14,7 @@ from engine.config import PPOConfig, parse, run
 from engine.data import create_datasets, create_pretraining_dataset
 from engine.distributed import comm
 from engine.distributed.run import Run
+from engine.memory_plan import planned_peak_gib, with_stages_chosen
 from engine.models.loading import content_digest, load_tokenizer
 from engine.rlhf_engine import DeepSpeedRLHFEngine
 from engine.rollout.environments import load_environment
@@ -26,7 +27,7 @@ from engine.trainers.ppo_trainer import DeepSpeedPPOTrainer
 def main() -> None:
     config = parse(PPOConfig)
     with Run(config) as this_run:
-        train(config, this_run)
+        train(with_stages_chosen(config), this_run)
 
 
 def train(config: PPOConfig, this_run: Run) -> None:
@@ -42,6 +43,7 @@ def train(config: PPOConfig, this_run: Run) -> None:
     contents |= {"the prompts": prompts.dataset.digest, "the prompts' columns": prompts.dataset.columns_digest}
     contents["the demonstrations"] = pretraining and pretraining.dataset.examples.digest
     comm.check_same_everywhere(contents)
+    planned = planned_peak_gib(config)
     rlhf_engine = DeepSpeedRLHFEngine(
         actor_model_name_or_path=config.models["actor"],
         critic_model_name_or_path=config.models["critic"],
@@ -55,12 +57,10 @@ def train(config: PPOConfig, this_run: Run) -> None:
         for name, why in config.without_effect.items():
             print(f"Note: {name} has no effect in this run: {why}.", flush=True)
     told = this_run.watch.tell
-    trainer = DeepSpeedPPOTrainer(rlhf_engine, config, pretraining, on_phase=told)
+    trainer = DeepSpeedPPOTrainer(rlhf_engine, config, pretraining, on_phase=told, planned_gib=planned)
     checkpoints = Checkpoints(config, rlhf_engine.trained, contents=contents, stop=this_run.stop, on_phase=told)
-    tracker = checkpoints.go_on(
-        trainer, num_iterations, partial(Tracker, config, num_iterations=num_iterations, is_main=comm.is_main())
-    )
-    with tracker:
+    new_tracker = partial(Tracker, config, num_iterations=num_iterations, is_main=comm.is_main())
+    with checkpoints.go_on(trainer, num_iterations, new_tracker) as tracker:
         if trainer.train(prompts, num_iterations, tracker, checkpoints):
             exported = export(rlhf_engine, config)
             if comm.is_main():

@@ -1,4 +1,4 @@
-"""The memory plan of a run that starts: written to its folder, and asked for stages where they are left to it."""
+"""The memory plan of a run that starts: asked for stages where they are left to it, and written to the run's folder."""
 
 import json
 import re
@@ -10,7 +10,6 @@ from engine.distributed import comm
 from engine.memory_plan.phases import Sizes
 from engine.memory_plan.plan import Plan, Planner, memory_plan
 from engine.memory_plan.recommendation import Machine, recommendation
-from engine.memory_plan.table import readable
 
 FILE = "memory_plan.json"
 
@@ -58,22 +57,20 @@ def _setting(file: Path) -> dict[str, int | str]:
     return {"zero_stage": int(plain[1])} if plain else {"ds_config": str(file)}
 
 
-def written_plan(config: PPOConfig) -> Plan | None:
-    """The plan of the run that starts, written to its folder; None, and a line that says why, where there is none."""
-    try:
-        plan = memory_plan(config, comm.world_size(), device=comm.device().type)
-    except ValueError as error:
-        print(f"No memory plan: {error}", flush=True)
-        return None
-    folder = Path(config.output_dir)
+def planned_peak_gib(config: PPOConfig) -> float | None:
+    """What a run that starts is planned to take on each rank, on every rank; None, and a line that says why, where
+    there is no plan. Rank 0 writes the plan to the run's folder. A collective.
+    """
+    plan = None
+    if comm.is_main():
+        try:
+            plan = memory_plan(config, comm.world_size(), device=comm.device().type)
+            _write(plan, Path(config.output_dir))
+        except Exception as error:  # of whatever kind: a run does not end for want of a plan, and the others wait here
+            print(f"No memory plan: {type(error).__name__}: {error}", flush=True)
+    return comm.of_main(plan and plan.peak_bytes / 2**30)
+
+
+def _write(plan: Plan, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FILE).write_text(json.dumps(plan.as_dict(), indent=2) + "\n")
-    return plan
-
-
-def measured_against(plan: Plan, peak_gib: float) -> str:
-    """What to say of a plan when the first iteration is over."""
-    said = f"Memory: {readable(plan.peak_bytes)} planned, {peak_gib:.2f} GiB measured at the peak"
-    if plan.device == "cuda":
-        return f"{said} ({peak_gib * 2**30 / plan.peak_bytes - 1:+.0%})."
-    return f"{said}, of the whole process: Python and its libraries are in it, and not in the plan."

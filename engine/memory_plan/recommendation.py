@@ -162,8 +162,8 @@ def _reasons(planner: Planner, machine: Machine, plan: Plan, sizes: Sizes, fixed
     config, as_set = planner.config, Sizes.of(planner.config, world_size=machine.world_size)
     if sizes != as_set:
         yield (
-            f"Set --micro_batch_size {sizes.micro_batch_size} --rollout.micro_batch_size {sizes.rollout_rows}: with the "
-            f"config's {as_set.micro_batch_size} and {as_set.rollout_rows} rows at a time it does not fit."
+            f"Set --micro_batch_size {sizes.micro_batch_size} --rollout.micro_batch_size {sizes.rollout_rows}: with "
+            f"the config's {as_set.micro_batch_size} and {as_set.rollout_rows} rows at a time it does not fit."
         )
     if (unit := sizes.micro_batch_size * machine.world_size) and config.minibatch_size % unit:
         yield f"minibatch_size={config.minibatch_size} has to be a multiple of {unit} on {machine.world_size} ranks."

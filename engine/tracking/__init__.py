@@ -11,6 +11,7 @@ The names every PPO iteration reports:
     grad_norm/actor grad_norm/critic lr/actor lr/critic
     skipped/steps                              since the run started
     time/generate_s time/score_s time/train_s speed/response_tokens_per_s memory/peak_gib
+    memory/planned_gib                         where the run has a memory plan
 """
 
 from engine.tracking.tracker import Tracker

@@ -56,3 +56,12 @@ def another_policy(steps: Sequence[dict[str, Any]], dtype: torch.dtype) -> str |
         f"where rounding explains {ROUNDING[dtype]}: the update is not on-policy. Does the model compute something "
         f"else in training mode?"
     )
+
+
+def planned_and_measured(metrics: dict[str, float], *, on_gpu: bool) -> str:
+    """A sentence on the memory of one rank."""
+    planned, measured = metrics["memory/planned_gib"], metrics["memory/peak_gib"]
+    said = f"Memory at the peak: {planned:.3f} GiB planned, {measured:.3f} GiB measured"
+    if on_gpu:
+        return f"{said} ({measured / planned - 1:+.0%})."
+    return f"{said}; on a CPU that is the whole process, with Python and its libraries, which are not in the plan."

@@ -34,7 +34,7 @@ from engine.tracking import Tracker
 from engine.trainers.checkpoints import Checkpoints
 from engine.trainers.going_on import go_back, put_back, snapshot_of
 from engine.trainers.guards import quarantine_rows, ran_away
-from engine.trainers.health import signs_of_trouble
+from engine.trainers.health import planned_and_measured, signs_of_trouble
 from engine.trainers.own_loop import check_groups, scored_sequences
 from engine.trainers.ppo_metrics import ended, experience_metrics, sample_rows, step_metrics
 from engine.trainers.ppo_update import PPOUpdate
@@ -57,11 +57,13 @@ class DeepSpeedPPOTrainer:
         args: PPOConfig,
         pretraining: Iterable[Examples] | None = None,
         on_phase: Callable[[str, int], None] | None = None,
+        planned_gib: float | None = None,
     ):
         """
         Args:
             pretraining: minibatches of demonstrations, of all ranks, for `args.pretraining`.
             on_phase: told the phase (generate, score, train) and the iteration whenever one begins.
+            planned_gib: the memory that a rank is planned to take; reported beside what it takes.
         """
         if (pretraining is None) != (args.pretraining is None):
             raise ValueError(
@@ -69,7 +71,7 @@ class DeepSpeedPPOTrainer:
                 "create_pretraining_dataset(args, tokenizer)."
             )
         self.config, self.rlhf_engine, self.tokenizer = args, rlhf_engine, rlhf_engine.tokenizer
-        self.on_phase = on_phase
+        self.on_phase, self.planned_gib = on_phase, planned_gib
         self.actor, self.ref = rlhf_engine.actor, rlhf_engine.ref
         self.critic, self.reward = rlhf_engine.critic, rlhf_engine.reward
         self.eos_token_ids = eos_token_ids_of(self.actor.module.model, self.tokenizer)
@@ -90,6 +92,7 @@ class DeepSpeedPPOTrainer:
         self.steps: list[dict[str, float]] = []
         self.samples: list[dict[str, Any]] = []
         self.unscored = 0
+        self.compared = False  # the memory that was planned with what was taken
         self.told: list[str] = []  # signs of trouble, each once in a run
         self.quarantined: list[dict[str, Any]] = []
         self.in_flight: Experience | None = None  # of an iteration that is not over
@@ -369,6 +372,7 @@ class DeepSpeedPPOTrainer:
             **{f"time/{phase}_s": seconds for phase, seconds in self.seconds.items()},
             "speed/response_tokens_per_s": response_tokens / sum(self.seconds.values()),
             "memory/peak_gib": comm.max_over_ranks(comm.peak_memory_gib()),
+            **({} if self.planned_gib is None else {"memory/planned_gib": self.planned_gib}),
         }
 
     def _far_enough(self) -> bool:
@@ -386,7 +390,10 @@ class DeepSpeedPPOTrainer:
         self.quarantined += [{"iteration": self.progress.iteration, "cause": cause, **row} for row in kept]
 
     def _tell(self, metrics: dict[str, float], tracker: Tracker) -> None:
-        """What looks wrong in the iteration's numbers, once in a run."""
+        """What looks wrong in the iteration's numbers, once in a run; after the first iteration, how the plan fared."""
+        if comm.is_main() and not self.compared and self.planned_gib is not None:
+            print(planned_and_measured(metrics, on_gpu=comm.device().type == "cuda"), flush=True)
+        self.compared = True
         given = dict(
             dtype=getattr(torch, self.rlhf_engine.dtype),
             max_response_tokens=self.config.rollout.max_response_tokens,

@@ -1,0 +1,94 @@
+"""The plan against what two ranks hold: bytes of weights, gradients and optimizer states, within 5 %."""
+
+import pytest
+import runs
+import tiny
+import torch
+
+from engine.config import SteadyLoRAConfig
+from engine.memory_plan import memory_plan
+
+KINDS = (0, 1, 2, "strict")
+SEVERAL = dict(minibatch_size=8, micro_batch_size=1)  # micro-batches to a step, so that gradients add up
+
+
+def storages(tensors, known=frozenset()) -> dict[int, int]:
+    """Bytes by address, each storage once."""
+    found = {}
+    for tensor in filter(lambda tensor: isinstance(tensor, torch.Tensor), tensors):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+def held(engine) -> dict[str, int]:
+    """What DeepSpeed 0.19 holds of a trained or frozen model on this rank right now."""
+    parameters, optimizer = list(engine.module.parameters()), engine.optimizer
+    weights = storages([*parameters, *(p.ds_tensor for p in parameters if hasattr(p, "ds_tensor"))])
+    gradients = [p.grad for p in parameters]
+    for stores in ("averaged_gradients", "all_grad_tensors"):
+        gradients += [part for parts in vars(optimizer or engine).get(stores, {}).values() for part in parts or ()]
+    gradients += [vars(optimizer or engine).get("grad_partitions_flat_buffer")]
+    masters = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
+    states = [master for name in masters for master in vars(optimizer or engine).get(name, ())]
+    inner = vars(optimizer or engine).get("optimizer", optimizer)
+    states += [tensor for of in getattr(inner, "state", {}).values() for tensor in of.values()]
+    found = (weights, storages(gradients, weights), storages(states, weights))
+    return {name: sum(of.values()) for name, of in zip(("weights", "gradients", "optimizer"), found, strict=True)}
+
+
+def live(config) -> dict[str, dict[str, int]]:
+    """By role: weights and optimizer states after a step, the most gradients while a step's micro-batches add up."""
+    trainer, prompts = runs.build(config)
+    engines = {role: getattr(trainer, role) for role in ("actor", "ref", "critic", "reward")}
+    engines = {role: engine for role, engine in engines.items() if hasattr(engine, "optimizer")}
+    most = dict.fromkeys(engines, 0)
+    for role, engine in engines.items():
+
+        def watched(loss, *args, backward=engine.backward, engine=engine, role=role, **given):
+            backward(loss, *args, **given)
+            most[role] = max(most[role], held(engine)["gradients"])
+
+        engine.backward = watched
+    trainer.train(prompts, 1, runs.Log())
+    found = {role: held(engine) | {"gradients": most[role]} for role, engine in engines.items()}
+    if trainer.rlhf_engine.actor_ema is not None:
+        found["actor_ema"] = {"weights": sum(storages(trainer.rlhf_engine.actor_ema.shards.values()).values())}
+    return found
+
+
+def check(config, run_ranks) -> None:
+    """The rank that holds the most is within 5 %, of each role and kind, and a role's own are all there."""
+    planned = memory_plan(config, 2, device="cpu").as_dict()["roles"]
+    measured = run_ranks(live, config)
+    assert planned.keys() == measured[0].keys()
+    for role, of in planned.items():
+        for kind in measured[0][role]:
+            most = max(rank[role][kind] for rank in measured)
+            assert of[f"{kind}_bytes"] == pytest.approx(most, rel=0.05, abs=64), (role, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_of_whole_models(run_ranks, tmp_path, kind):
+    check(tiny.ppo_config(tmp_path, ema_decay=0.9, **SEVERAL, **tiny.sharding(kind, tmp_path)), run_ranks)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_of_adapters(run_ranks, tmp_path, kind):
+    lora = dict(actor__lora=SteadyLoRAConfig(r=8), critic__lora=SteadyLoRAConfig(r=4))
+    check(tiny.ppo_config(tmp_path, model=tiny.QWEN2, **lora, **SEVERAL, **tiny.sharding(kind, tmp_path)), run_ranks)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_of_a_shared_trunk(run_ranks, tmp_path, kind):
+    trunk = dict(shared_trunk=True, actor__lora=SteadyLoRAConfig(r=8))
+    trunk["reward__model_name_or_path"] = tiny.reward_adapter(tiny.LLAMA, tmp_path)
+    check(tiny.ppo_config(tmp_path, **trunk, **SEVERAL, **tiny.sharding(kind, tmp_path)), run_ranks)
+
+
+@pytest.mark.parametrize("kind", [2, "strict"])
+def test_states_in_16_bits(run_ranks, tmp_path, kind):
+    """fp32 masters beside weights and gradients of two bytes, and a tied head."""
+    config = tiny.ppo_config(tmp_path, model=tiny.GPT2, dtype="bfloat16", **SEVERAL, **tiny.sharding(kind, tmp_path))
+    check(config, run_ranks)
