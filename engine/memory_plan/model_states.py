@@ -15,6 +15,7 @@ weight. At stage 3 each weight is cut by itself, and what is not trained is cut 
 
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Literal
 
 from engine.distributed.zero_config import Sharding
 from engine.memory_plan.roles import Role, Weight
@@ -39,7 +40,8 @@ class ModelStates:
         persistent_bytes: the part of `live_bytes` that always is.
         whole_bytes: of all weights, unsharded.
         building_bytes: more, while the engine is built.
-        adding_bytes: more, while gradients are added up after a backward pass.
+        adding_bytes: more, while gradients are added up over ranks after a backward pass.
+        adds_in_pass: they are, too, while it runs, whenever a bucket is full.
         stepping_bytes: more, while the optimizer steps.
         host_bytes: of what is offloaded, on the host.
     """
@@ -60,6 +62,7 @@ class ModelStates:
     whole_bytes: int
     building_bytes: int
     adding_bytes: int
+    adds_in_pass: bool
     stepping_bytes: int
     host_bytes: int
 
@@ -70,7 +73,14 @@ class ModelStates:
         return kept + self.resident_gradients * self.gradients_bytes + self.resident_buckets * self.buckets_bytes
 
 
-def model_states(role: Role, sharding: Sharding, *, world_size: int, rank: int | None = None) -> ModelStates:
+def model_states(
+    role: Role,
+    sharding: Sharding,
+    *,
+    world_size: int,
+    rank: int | None = None,
+    device: Literal["cuda", "cpu"] = "cuda",
+) -> ModelStates:
     """What a rank holds of a model.
 
     Args:
@@ -80,7 +90,7 @@ def model_states(role: Role, sharding: Sharding, *, world_size: int, rank: int |
     trained = [weight for weight in weights if weight.group is not None]
     elements = sum(weight.elements for weight in trained)
     whole = sum(weight.elements * weight.bytes_each for weight in weights)
-    largest = max(weight.elements * weight.bytes_each for weight in weights)
+    largest, second, *_ = *sorted((w.elements * w.bytes_each for w in weights), reverse=True), 0
     average = FP32 * sum(-(-w.elements // world_size) for w in trained) if role.averaged else 0
     stage, bucket = sharding.stage, min(sharding.bucket_elements, elements + elements % 2) * size
     live = persistent = building = adding = stepping = host = buckets = 0
@@ -89,11 +99,14 @@ def model_states(role: Role, sharding: Sharding, *, world_size: int, rank: int |
         mine = sum(-(-w.elements // world_size) * w.bytes_each for w in weights)
         part = sum(-(-w.elements // world_size) for w in trained)
         small = [w.elements * w.bytes_each for w in weights if w.elements <= sharding.persistent_elements]
-        persistent, live = sum(small), max(largest, min(whole, sum(small) + sharding.live_elements * size))
+        # The head is whole as long as a pass lasts, since the pass asks for it from outside of it, and so beside the
+        # embedding.
+        persistent, live = sum(small), max(largest + second, min(whole, sum(small) + sharding.live_elements * size))
         building = 2 * largest
         if trained:
             gradients, optimizer, moments = part * size, part * (FP32 + MOMENTS), part * MOMENTS
             buckets, stepping = bucket, FP32 * min(part, sharding.group_elements)
+            adding = bucket * (2 if device == "cpu" else 1)  # in the order of the ranks; gloo sums a copy of that
             building = max(building, stepping)
         kept = mine
     else:
@@ -114,7 +127,8 @@ def model_states(role: Role, sharding: Sharding, *, world_size: int, rank: int |
         # Masters and moments, an fp32 gradient, the weights on their way back, gradients as they add up.
         host += optimizer + (sum(parts) if stage < 3 else part) * (FP32 + size) + gradients
         largest_trained = max(w.elements for w in trained) * size
-        optimizer = moments = adding = stepping = 0
+        optimizer = moments = stepping = 0
+        adding = adding if stage == 3 else 0
         gradients = {1: elements * size, 2: largest_trained, 3: 0}[stage]
     if sharding.weights_on_host and stage == 3:
         host, kept, building = host + kept, 0, 2 * largest
@@ -139,6 +153,7 @@ def model_states(role: Role, sharding: Sharding, *, world_size: int, rank: int |
         trained_parameters=elements,
         resident_gradients=stage == 3,
         resident_buckets=stage == 3,
+        adds_in_pass=stage == 3 and sharding.bucket_elements < elements,
         **{name: round(number) for name, number in numbers.items()},
     )
 

@@ -74,7 +74,8 @@ class Planner:
         """Of a role, sharded as a file of `ds_configs/` says."""
         dtype = str(role.dtype).removeprefix("torch.")
         zero = training_config(sharding, dtype=dtype, max_grad_norm=0) if role.trained else None
-        return model_states(role, sharding_of(zero or frozen_config(sharding, dtype=dtype)), world_size=world_size)
+        given = dict(world_size=world_size, device=self.device)
+        return model_states(role, sharding_of(zero or frozen_config(sharding, dtype=dtype)), **given)
 
     def plan(
         self, sharding: Mapping[str, Path], *, world_size: int, ranks_per_node: int, sizes: Sizes | None = None
