@@ -24,11 +24,12 @@ def main() -> None:
         if config.prompts is not None:
             write_responses(config, answerers)
         else:
+            chat = Chat(answerers, config, lines=sys.stdin, out=sys.stdout, aside=sys.stderr)
             sys.stdin.reconfigure(errors="replace")  # bytes that are no text, and letters that a terminal lacks
             sys.stdout.reconfigure(errors="replace")
             if sys.stdin.isatty():
                 import readline  # noqa: F401 - input() then edits its line and knows the earlier ones
-            Chat(answerers, config).run()
+            chat.run()
     except KeyboardInterrupt:
         sys.exit(130)
 

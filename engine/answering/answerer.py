@@ -86,10 +86,11 @@ def load_answerers(config: AnsweringConfig) -> list[Answerer]:
     """
     device = _device(config.device)
     dtype = getattr(torch, resolved_dtype(config.dtype, on_gpu=device.type != "cpu"))
-    folders = [model_folder(name) for name in (config.model, config.other) if name is not None]
+    names = [name for name in (config.model, config.other) if name is not None]
+    folders = [model_folder(name) for name in names]
     return [
         _answerer(config, folder, label, dtype=dtype, device=device)
-        for folder, label in zip(folders, labels(folders), strict=True)
+        for folder, label in zip(folders, labels(names), strict=True)
     ]
 
 
@@ -136,9 +137,9 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def labels(folders: Sequence[str]) -> list[str]:
-    """The ends of their paths, as long as it takes to tell them apart."""
-    parts = [Path(folder).parts for folder in folders]
+def labels(names: Sequence[str]) -> list[str]:
+    """The ends of what the user calls them, as long as it takes to tell them apart."""
+    parts = [Path(name).parts for name in names]
     for length in range(1, max(map(len, parts)) + 1):
         ends = ["/".join(part[-length:]) for part in parts]
         if len(set(ends)) == len(ends):

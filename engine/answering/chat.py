@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -81,13 +80,14 @@ class Chat:
         answerers: list[Answerer],
         config: AnsweringConfig,
         *,
-        lines: TextIO = sys.stdin,
-        out: TextIO = sys.stdout,
-        aside: TextIO = sys.stderr,
+        lines: TextIO,
+        out: TextIO,
+        aside: TextIO,
     ):
         """
         Args:
-            lines, out: of the user; where one is no terminal, `out` gets answers alone and `aside` the notes.
+            lines, out: of the user. On a terminal they are stdin and stdout; otherwise `out` gets answers alone, and
+                `aside` the notes.
 
         Raises:
             ValueError: the tokenizer has no chat template, or it refuses the system message.

@@ -55,8 +55,8 @@ def load_for_answering(
         return model, load_tokenizer(folder, chat_template=chat_template)
     try:
         settings = json.loads((path / ADAPTER_CONFIG).read_text())
-        base = settings["base_model_name_or_path"]
-    except (ValueError, KeyError) as error:
+        base = str(settings["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path / ADAPTER_CONFIG} names no base model: {error!r}.") from error
     if settings.get("task_type") == "SEQ_CLS":
         raise _writes_no_text(folder)
