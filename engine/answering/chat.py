@@ -65,7 +65,8 @@ class Side:
                 notes.append(f"Cut off after {answer.tokens} tokens; --max_response_tokens sets how many.")
         except KeyboardInterrupt:
             notes.append("Stopped.")
-        show(stream.rest())
+        if rest := stream.rest():
+            show(rest)
         if self.is_chat and stream.tokens:
             turns = [{"role": "user", "content": said}, {"role": "assistant", "content": stream.text}]
             self.exchanges.append(turns)

@@ -23,7 +23,8 @@ def model_folder(name: str) -> str:
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        if folder.is_file() or (folder.parent != Path() and folder.parent.is_dir()):
+        looks_local = folder.is_absolute() or name.startswith(".") or folder.is_file()
+        if looks_local or (folder.parent != Path() and folder.parent.is_dir()):
             raise ValueError(f"{name}: there is no such folder. Name an exported model's, or a run's.")
         return name
     for candidate in (folder, folder / "actor", folder / "model"):

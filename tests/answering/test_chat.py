@@ -16,6 +16,8 @@ from engine.answering.answerer import Answerer, load_answerers
 from engine.answering.chat import Chat
 from engine.answering.settings import AnsweringConfig
 
+STEERING = "x\x1bz"  # what a terminal would take for a command
+
 
 @pytest.fixture(scope="module")
 def reciter(tmp_path_factory):
@@ -24,7 +26,7 @@ def reciter(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory):
-    return reciting(tmp_path_factory.mktemp("models") / "other", "xyz")
+    return reciting(tmp_path_factory.mktemp("models") / "other", STEERING)
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +111,8 @@ def test_unknown_commands_are_named_and_paths_are_no_commands(reciter, read):
 
 def test_two_models_keep_their_own_conversations(reciter, other, read):
     out, _ = chatted("one\ntwo\n", model=reciter, other=other)
-    assert out == f"reciter:\n{RECITED}\nother:\nxyz\n" * 2
-    assert read[2:] == [turn("one", RECITED) + turn("two"), turn("one", "xyz") + turn("two")]
+    assert out == f"reciter:\n{RECITED}\nother:\n{STEERING}\n" * 2
+    assert read[2:] == [turn("one", RECITED) + turn("two"), turn("one", STEERING) + turn("two")]
 
 
 class Terminal:
@@ -209,8 +211,8 @@ def test_an_answer_that_was_stopped_is_remembered(endless, read, monkeypatch):
 @pytest.mark.parametrize(
     ("width", "wanted"),
     [
-        (80, f"reciter:\n{RECITED}\nother:\nxyz\n> "),
-        (103, f"reciter:{' ' * 45}other:\n{RECITED}{' ' * (53 - 7)}xyz\n> "),
+        (80, f"reciter:\n{RECITED}\nother:\nx␛z\n> "),
+        (103, f"reciter:{' ' * 45}other:\n{RECITED}{' ' * (53 - 7)}x␛z\n> "),
     ],
 )
 def test_two_models_stand_side_by_side_where_there_is_room(reciter, other, width, wanted):
