@@ -15,6 +15,7 @@ LAYERS = {
     "models": 1,
     "distributed": 2,
     "rollout": 3,
+    "answering": 4,
     "rlhf_engine": 4,
     "supervised_engine": 4,
     "trainers": 5,

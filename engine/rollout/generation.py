@@ -86,6 +86,7 @@ def sampled_responses(
     prefill_tokens: int | None = None,
     limits: Sequence[int] | None = None,
     any_rank_active: Callable[[bool], bool] | None = None,
+    on_token: Callable[[int, int], None] | None = None,
 ) -> Responses:
     """Responses to prompts, each up to and including its first end-of-sequence token.
 
@@ -97,6 +98,7 @@ def sampled_responses(
         prefill_tokens: of prompts in one forward pass, padding included; those of all these rows when not given.
         limits: (rows,) tokens that each response may have at most, from 1; max_response_tokens when not given.
         any_rank_active: a collective that says whether some rank still decodes. Without it ranks are independent.
+        on_token: told each row's number and its next token as soon as it is drawn.
     """
     responses = Responses(*([[] for _ in prompts] for _ in Responses._fields))
     limits = [sampling.max_response_tokens] * len(prompts) if limits is None else limits
@@ -106,8 +108,8 @@ def sampled_responses(
     batches = [order[start : start + micro_batch_size] for start in range(0, len(order), micro_batch_size)]
     given = dict(sampling=sampling, eos_token_ids=eos_token_ids, prefill_tokens=prefill_tokens, device=device)
     for rows in batches:
-        asked = _Asked([prompts[row] for row in rows], noise[rows], [limits[row] for row in rows])
-        found = _decoded(model, asked, any_rank_active=any_rank_active, **given)
+        asked = _Asked(rows, [prompts[row] for row in rows], noise[rows], [limits[row] for row in rows])
+        found = _decoded(model, asked, any_rank_active=any_rank_active, on_token=on_token, **given)
         for of_all, of_these in zip(responses, found, strict=True):
             for row, numbers in zip(rows, of_these, strict=True):
                 of_all[row] = numbers
@@ -128,6 +130,7 @@ def eos_token_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 class _Asked(NamedTuple):
     """b rows that are decoded together, of neighbouring lengths, shortest first."""
 
+    rows: list[int]  # their numbers among the prompts that were given
     prompts: list[Sequence[int]]
     noise: Tensor  # (b, max_response_tokens)
     limits: list[int]  # tokens of each response at most
@@ -142,6 +145,7 @@ def _decoded(
     prefill_tokens: int | None,
     device: torch.device,
     any_rank_active: Callable[[bool], bool] | None,
+    on_token: Callable[[int, int], None] | None,
 ) -> Responses:
     """Prefill, then a token at a time; rows that have ended leave the batch."""
     count, longest = len(asked.prompts), max(asked.limits)
@@ -167,6 +171,9 @@ def _decoded(
             column[alive, step] = numbers
         lengths[alive] += 1
         tokens = new.tokens
+        if on_token is not None:
+            for row, token in zip(alive.tolist(), tokens.tolist(), strict=True):
+                on_token(asked.rows[row], token)
         going_on = ~torch.isin(tokens, eos) & (step + 1 < limit)
         if not going_on.all():
             keep = going_on.nonzero().squeeze(-1)

@@ -65,13 +65,23 @@ ONE_PASS = 10**6  # prefill_tokens with which all prompts are read in one
 
 
 def sample(
-    model, asked, *, seed=0, eos=(EOS,), micro_batch_size=100, prefill_tokens=None, noise=None, limits=None, **sampling
+    model,
+    asked,
+    *,
+    seed=0,
+    eos=(EOS,),
+    micro_batch_size=100,
+    prefill_tokens=None,
+    noise=None,
+    limits=None,
+    on_token=None,
+    **sampling,
 ):
     sampling = Sampling(**dict(max_response_tokens=16) | sampling)
     if noise is None:
         noise = noise_of_rows([(seed, row) for row in range(len(asked))], sampling.max_response_tokens)
     given = dict(sampling=sampling, eos_token_ids=eos, micro_batch_size=micro_batch_size, limits=limits)
-    given["prefill_tokens"] = prefill_tokens
+    given |= dict(prefill_tokens=prefill_tokens, on_token=on_token)
     return sampled_responses(model.model, asked, noise, **given)
 
 
@@ -514,3 +524,14 @@ def test_a_rank_keeps_step_until_no_rank_is_active(loaded):
     assert asked == [True] * busy + [False] * (idle + 1)
     assert len(passes.inputs) == busy + idle
     assert passes.inputs[-idle:] == [(1, 1)] * idle
+
+
+def test_each_token_is_told_as_it_is_drawn(loaded):
+    """By its row's number, whatever rows are decoded together: a token of every row, then the next of those left."""
+    told, asked = [], prompts()
+    responses = sample(
+        loaded["llama"], asked, eos=MANY_EOS, micro_batch_size=3, on_token=lambda *token: told.append(token)
+    )
+    for row, tokens in enumerate(responses.tokens):
+        assert [token for number, token in told if number == row] == tokens
+    assert len({number for number, _ in told[:3]}) == 3 and len({len(tokens) for tokens in responses.tokens}) > 2
