@@ -2,13 +2,19 @@
 
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 
 from engine.config import EvaluationConfig
+from engine.data import create_datasets, create_eval_dataset
 from engine.distributed.random_states import random_states_kept
-from engine.trainers.evaluation import load_metrics, win_rate
+from engine.models.loading import load_tokenizer
+from engine.trainers.checkpoints import contents_of
+from engine.trainers.evaluation import Evaluation, load_metrics, win_rate
+from engine.trainers.progress import Progress
 
 
 def test_the_same_responses_win_half_and_better_ones_all():
@@ -63,3 +69,40 @@ def test_what_is_drawn_in_between_is_not_noticed():
             something()
         drawn.append((random.random(), torch.rand(1).item()))
     assert drawn[0] == drawn[1]
+
+
+def test_other_held_out_prompts_are_another_run(tmp_path):
+    tokenizer, config = load_tokenizer(tiny.LLAMA), tiny.ppo_config(tmp_path)
+
+    def contents(rows):
+        with_eval = tiny.changed(config, data__eval=rows and tiny.write_rows(tmp_path / "held_out.jsonl", rows))
+        prompts, _ = create_datasets(with_eval, tokenizer, train_phase=3)
+        held_out = create_eval_dataset(with_eval, tokenizer, train_phase=3)
+        return contents_of(with_eval, prompts.dataset, held_out, None)
+
+    row = {"prompt": "sing", "answer": "la"}
+    first, *others = (contents(rows) for rows in ([row], [row] * 2, [row | {"answer": "do"}], None))
+    assert first == contents([row])
+    for other in others:
+        assert {name for name in first if first[name] != other[name]} == {"the held-out prompts"}
+
+
+def test_prompts_without_the_setting_and_the_setting_without_prompts_are_refused(tmp_path):
+    for config, held_out in (
+        (tiny.ppo_config(tmp_path), ["prompts"]),
+        (tiny.ppo_config(tmp_path, data__eval="held_out.jsonl"), None),
+    ):
+        with pytest.raises(ValueError, match=r"create_eval_dataset\(args, tokenizer, train_phase=3\)"):
+            Evaluation(SimpleNamespace(config=config), held_out)
+
+
+def test_a_run_that_began_without_an_evaluation_has_nothing_to_compare_with():
+    late = SimpleNamespace(held_out=["a prompt"], initial=None, trainer=SimpleNamespace(progress=Progress(iteration=3)))
+    with pytest.raises(ValueError, match=r"leave data\.eval out, or begin anew"):
+        Evaluation.begin(late, None)
+
+
+def test_settings_of_an_evaluation_that_there_is_none_of_are_told(tmp_path):
+    asked = dict(evaluation__every=5)
+    assert tiny.ppo_config(tmp_path, **asked).without_effect["evaluation"] == "data.eval is not set"
+    assert "evaluation" not in tiny.ppo_config(tmp_path, data__eval="held_out.jsonl", **asked).without_effect
