@@ -99,14 +99,14 @@ class Chat:
         self.seed, self.asked = config.seed, 0
         self.on_terminal = lines.isatty() and out.isatty()
         self.lines, self.out, self.aside = lines, out, out if self.on_terminal else aside
-        for side in self.sides:
-            if is_chat and side.answerer.tokenizer.chat_template is None:
+        for answerer in answerers if is_chat else []:
+            if answerer.tokenizer.chat_template is None:
                 raise ValueError(
-                    f"The tokenizer of {side.answerer.label} has no chat template: name a file that holds one with "
+                    f"The tokenizer of {answerer.label} has no chat template: name a file that holds one with "
                     f"--chat_template, or have what you type continued as it is with --prompt_format text."
                 )
             with own_names():
-                side.prompt("Hello")
+                render([*opening, {"role": "user", "content": "Hello"}], answerer.tokenizer)
 
     def run(self) -> None:
         """Until the user ends it."""
