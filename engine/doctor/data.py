@@ -51,7 +51,7 @@ def chat_template(subject: Subject) -> Finding | None:
 
 def prompt_lengths(subject: Subject) -> Finding:
     """How much of the data the limits in tokens leave out."""
-    subject.once("the chat template", lambda: _template(subject))
+    chat_template(subject)
     return of_each(_parts(subject), lambda part: _lengths(subject, part))
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from engine.doctor.data import chat_template as check_template
 from engine.doctor.data import prompts_and_columns
 from engine.doctor.findings import Finding, failed, ok, warning
 from engine.doctor.subject import Subject
@@ -34,6 +35,7 @@ def score_service(subject: Subject) -> Finding | None:
 
 def environment(subject: Subject) -> Finding | None:
     """It is found, takes the columns of the first row, and replies to an answer; the prompts are conversations."""
+    from engine.data.formatting import encode_reply
     from engine.rollout.environments import load_environment, new_environment, reply_of
 
     if not (subject.is_ppo and subject.config.rollout.environment):
@@ -46,7 +48,9 @@ def environment(subject: Subject) -> Finding | None:
             "Set --data.prompt_format chat, or give lists of messages.",
         )
     other_side = new_environment(made, {name: cells[0] for name, cells in columns.items()})
-    reply = reply_of(other_side, [*prompts[0], {"role": "assistant", "content": "yes"}])
+    answered, tokenizer = [*prompts[0], {"role": "assistant", "content": "yes"}], subject.tokenizer("actor")
+    encode_reply(answered, "no", tokenizer, [tokenizer.eos_token_id])  # the template can go on after an answer
+    reply = reply_of(other_side, answered)
     return ok(f"{subject.config.rollout.environment} replies {str(reply)[:40]!r} to 'yes'")
 
 
@@ -54,8 +58,8 @@ def _asked(subject: Subject) -> tuple[list[str], list[str], dict[str, list[Any]]
     """Prompts as the model sees them, made-up responses, columns."""
     from engine.data.formatting import render
 
-    tokenizer = subject.tokenizer("actor")
-    prompts, columns = prompts_and_columns(subject, 2)
+    check_template(subject)
+    prompts, columns, tokenizer = *prompts_and_columns(subject, 2), subject.tokenizer("actor")
     responses = ["yes", "no"][: len(prompts)]
     if subject.config.rollout.environment is not None:
         pairs = zip(prompts, responses, strict=True)
