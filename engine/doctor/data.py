@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from engine.doctor.findings import Finding, failed, of_each, ok, warning
+from engine.doctor.findings import Finding, failed, of_each, ok, warning, with_remedy
 from engine.doctor.subject import Subject
 
 LOOKED_AT = 2000  # rows of a source that are tokenised, evenly spread; all are read
@@ -28,6 +28,7 @@ class Part:
     responses: bool
 
 
+@with_remedy("Correct the data, or name another file or column: --data.train, --data.prompt_column.")
 def data_rows(subject: Subject) -> Finding:
     """Every source is there, has the columns, and holds rows of the right form."""
     return of_each(_parts(subject), lambda part: ok(f"{len(_read(subject, part)[1])} rows in {part.name}"))
@@ -44,11 +45,13 @@ def enough_rows(subject: Subject) -> Finding:
     return ok(f"{have}, {want} for each iteration")
 
 
+@with_remedy("Name a file with a template that writes these conversations: --data.chat_template.")
 def chat_template(subject: Subject) -> Finding | None:
     """It writes the conversations that the data holds, and ends an answer with what ends a sequence."""
     return subject.once("the chat template", lambda: _template(subject))
 
 
+@with_remedy("Set --data.over_length truncate_left, or raise --data.max_prompt_tokens.")
 def prompt_lengths(subject: Subject) -> Finding:
     """How much of the data the limits in tokens leave out."""
     chat_template(subject)

@@ -1,7 +1,8 @@
 """What a check says."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import wraps
 from typing import Any, Literal
 
 Status = Literal["ok", "skipped", "warning", "failed"]
@@ -55,3 +56,21 @@ def of_each(items: Iterable[Any], look: Callable[[Any], Finding]) -> Finding | N
     told = [finding for finding in findings if finding.status == worst]
     remedies = dict.fromkeys(finding.remedy for finding in told if finding.remedy)
     return Finding(worst, "; ".join(dict.fromkeys(finding.found for finding in told)), " ".join(remedies))
+
+
+def with_remedy(remedy: str) -> Callable[[Callable], Callable]:
+    """Of a check: what to do where it fails, or raises a ValueError, without saying so itself."""
+
+    def decorate(check: Callable) -> Callable:
+        @wraps(check)
+        def decorated(subject: Any) -> Finding | None:
+            try:
+                finding = check(subject)
+            except ValueError as error:
+                finding = failed(str(error))
+            plain = finding is not None and finding.status == "failed" and not finding.remedy
+            return replace(finding, remedy=remedy) if plain else finding
+
+        return decorated
+
+    return decorate

@@ -51,8 +51,8 @@ def disk_space(subject: Subject) -> Finding:
     """Room for the checkpoints that are kept, the one being written, and the exported models; estimated."""
     config, needed = subject.config, 0
     average = subject.is_ppo and config.ema_decay is not None
-    for role, settings in subject.trained.items():
-        trained, whole = _weights(subject, role, settings)
+    for role in subject.trained:
+        trained, whole = _weights(subject, role)
         of_average = average and role == "actor"
         needed += (config.checkpoint.keep + 1) * trained * (KEPT_BYTES + 4 * of_average)
         needed += whole * BYTES[subject.dtype] * (1 + of_average)
@@ -88,16 +88,12 @@ def _existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
-def _weights(subject: Subject, role: str, settings) -> tuple[int, int]:
-    """Those that are trained, and all of the model's."""
-    model = subject.without_weights(role)
-    whole = sum(parameter.numel() for parameter in model.parameters())
-    if not settings.has_adapter:
-        return whole, whole
-    from engine.models.lora import add_adapter
-
-    add_adapter(model, **settings.adapter)
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad), whole
+def _weights(subject: Subject, role: str) -> tuple[int, int]:
+    """Those that are trained, and all that the exported model has."""
+    parameters = list(subject.without_weights(role).parameters())
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    whole = sum(parameter.numel() for parameter in parameters)
+    return trained, whole - trained if subject.trained[role].has_adapter else whole
 
 
 CHECKS = [output_dir, earlier_checkpoints, disk_space, wandb_key]

@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
-from engine.doctor.findings import Finding, failed, of_each, ok, warning
+from engine.doctor.findings import Finding, failed, of_each, ok, warning, with_remedy
 from engine.doctor.subject import Subject
 
 HEAD, ADAPTERS_HEAD = "score.weight", "base_model.model.score.weight"
 
 
+@with_remedy("Correct it; the help of the training script (--help) lists every setting.")
 def configuration(subject: Subject) -> Finding:
     """It is read, and every setting is one."""
     return ok(f"{type(subject.config).__name__}, {subject.config.output_dir}")
@@ -30,6 +31,7 @@ def sizes_per_rank(subject: Subject) -> Finding:
     return ok(f"shared out evenly among {subject.world_size} ranks")
 
 
+@with_remedy("Set --dtype float32.")
 def dtype(subject: Subject) -> Finding:
     """The device computes in it."""
     import torch
@@ -49,6 +51,7 @@ def dtype(subject: Subject) -> Finding:
     return ok(chosen)
 
 
+@with_remedy("Take a file of ds_configs/, with --zero_stage 0 to 3, or correct this one.")
 def sharding_files(subject: Subject) -> Finding:
     """Every role's ds_config is JSON, and says how memory is sharded and nothing else."""
     from engine.distributed.zero_config import training_config
@@ -62,6 +65,7 @@ def sharding_files(subject: Subject) -> Finding:
     return of_each(dict.fromkeys(subject.config.ds_config_of(role) for role in roles), look)
 
 
+@with_remedy("Correct the name, or train and export the model first: --ROLE.model_name_or_path.")
 def model_folders(subject: Subject) -> Finding:
     """Every role's model is there, of a kind that transformers knows, with all files of its weights."""
 
@@ -91,6 +95,7 @@ def language_models(subject: Subject) -> Finding | None:
     return of_each([role for role in ("actor", "model", "ref") if role in subject.models], look)
 
 
+@with_remedy("Name a model that train_reward.py has written.")
 def score_heads(subject: Subject) -> Finding | None:
     """The reward model's is trained: with a random one its scores mean nothing. A critic may begin with a fresh one."""
     from engine.models.loading import number_of_labels
@@ -120,6 +125,7 @@ def score_heads(subject: Subject) -> Finding | None:
     return of_each([role for role in ("reward", "critic") if subject.is_ppo and role in subject.models], look)
 
 
+@with_remedy("Name a folder that holds a whole tokenizer, or correct tokenizer_config.json.")
 def tokenizers(subject: Subject) -> Finding:
     """Every role's loads, and ends texts."""
     return of_each(subject.models, lambda role: ok(f"{role}: {len(subject.tokenizer(role))} tokens"))
@@ -208,12 +214,12 @@ def embeddings(subject: Subject) -> Finding:
     return of_each([role for role in subject.models if role != "reward" or not _reads_text(subject)], look)
 
 
+@with_remedy("Correct lora.target_modules, or leave it out.")
 def lora_targets(subject: Subject) -> Finding | None:
     """The layers that an adapter is to be put on are there."""
-    from engine.models.lora import add_adapter
 
     def look(role: str) -> Finding:
-        add_adapter(subject.without_weights(role), **subject.trained[role].adapter)
+        subject.without_weights(role)
         return ok(f"{role}: {', '.join(subject.trained[role].lora.target_modules or ['every linear layer'])}")
 
     return of_each([role for role, settings in subject.trained.items() if settings.has_adapter], look)

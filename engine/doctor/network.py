@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from engine.doctor.findings import Finding, failed, of_each, ok, warning
+from engine.doctor.findings import Finding, failed, of_each, ok, warning, with_remedy
 from engine.doctor.subject import Subject
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,6 +55,7 @@ def ranks_add_up(subject: Subject) -> Finding:
     return ok(f"{number} ranks of this machine added up a number with {backend}")
 
 
+@with_remedy("Set MASTER_ADDR and MASTER_PORT to where rank 0 listens.")
 def master_address(subject: Subject) -> Finding | None:
     """Where rank 0 listens, if the environment says so, and whether it can be got at."""
     name = os.environ.get("MASTER_ADDR")
@@ -85,6 +86,7 @@ def master_address(subject: Subject) -> Finding | None:
     return ok(f"{name}, port {port}, answers")
 
 
+@with_remedy("Set MASTER_PORT to a free port.")
 def master_port(subject: Subject) -> Finding | None:
     """The port that rank 0 is to listen on is free, where this machine is rank 0's."""
     port, name = _port(), os.environ.get("MASTER_ADDR", "127.0.0.1")
@@ -103,6 +105,7 @@ def master_port(subject: Subject) -> Finding | None:
     return ok(f"{port} is free")
 
 
+@with_remedy("Name a readable file with a line `name slots=8` for each machine.")
 def hostfile(subject: Subject) -> Finding | None:
     """Its lines, and whether its names resolve."""
     if subject.hostfile is None:

@@ -4,12 +4,13 @@ from typing import Any
 
 from engine.doctor.data import chat_template as check_template
 from engine.doctor.data import prompts_and_columns
-from engine.doctor.findings import Finding, failed, ok, warning
+from engine.doctor.findings import Finding, failed, ok, warning, with_remedy
 from engine.doctor.subject import Subject
 
 SERVICE_S, FUNCTION_S = 10, 60  # that an answer may take
 
 
+@with_remedy("Correct the function, or its name: --reward.function module:function.")
 def score_function(subject: Subject) -> Finding | None:
     """It is found, and scores the first two rows."""
     from engine.rollout.score_functions import load_score_function, scores_of_function
@@ -22,6 +23,7 @@ def score_function(subject: Subject) -> Finding | None:
     return _told(name, scores)
 
 
+@with_remedy("Start it (python launch/serve_scores.py serves a function), or correct --reward.url.")
 def score_service(subject: Subject) -> Finding | None:
     """It answers, with a score for each of the first two rows."""
     from engine.config.secrets import without_secrets
@@ -33,6 +35,7 @@ def score_service(subject: Subject) -> Finding | None:
     return _told(without_secrets(url), scores_of_service(url, *_asked(subject), timeout_s=SERVICE_S, retries=0))
 
 
+@with_remedy("Correct the class, or its name: --rollout.environment module:class.")
 def environment(subject: Subject) -> Finding | None:
     """It is found, takes the columns of the first row, and replies to an answer; the prompts are conversations."""
     from engine.data.formatting import encode_reply

@@ -120,7 +120,7 @@ class Subject:
     def dtype(self) -> str:
         from engine.config import resolved_dtype
 
-        return resolved_dtype(self.config.dtype, on_gpu=self.gpus > 0)
+        return self.once("the dtype", lambda: resolved_dtype(self.config.dtype, on_gpu=self.gpus > 0))
 
     def model_config(self, role: str) -> Any:
         """The transformers config of a role's model."""
@@ -135,16 +135,24 @@ class Subject:
         return self.once(f"the {role}'s tokenizer", lambda: load_tokenizer(self.models[role], chat_template=template))
 
     def without_weights(self, role: str) -> Any:
-        """A role's model as torch builds it, its weights taking no memory."""
+        """A trained role's model as torch builds it, with its adapter; its weights take no memory."""
+        return self.once(f"the {role}'s model as it is trained", lambda: self._built(role))
+
+    def _built(self, role: str) -> Any:
         import torch
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+        from engine.models.lora import add_adapter
 
         scalar = role in ("reward", "critic")
         kind, given = (AutoModelForSequenceClassification, {"num_labels": 1}) if scalar else (AutoModelForCausalLM, {})
         config = self.model_config(role)
         config = type(config).from_dict(config.to_dict() | given)
         with torch.device("meta"):
-            return kind.from_config(config)
+            model = kind.from_config(config)
+            if self.trained[role].has_adapter:
+                add_adapter(model, **self.trained[role].adapter)
+        return model
 
     def _parsed(self) -> Any:
         from engine.config import DPOConfig, PPOConfig, RewardModelConfig, SFTConfig, parse

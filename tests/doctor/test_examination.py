@@ -108,7 +108,7 @@ def adapter(run: Run, **more) -> None:
 
 # check, status, sentence, what is done to the run
 OF_CONFIGS = [
-    ("configuration", "failed", r"learning_rat is not|actor\.learning_rat", lambda run: run.set(actor__learning_rat=1)),
+    ("configuration", "failed", "does not accept option 'learning_rat'", lambda run: run.set(actor__learning_rat=1)),
     ("configuration", "failed", "kl_coef=-1", lambda run: run.set(kl_coef=-1)),
     ("settings without effect", "warning", "kl_target", lambda run: run.set(kl_target=3.0)),
     ("sizes per rank", "failed", "Try --minibatch_size", lambda run: run.given.update(num_accelerators=3)),
@@ -226,7 +226,7 @@ OF_CONFIGS = [
         "nan",
         lambda run: code(
             run,
-            "def f(prompts, responses, answer):\n    return [float('nan')] * len(prompts)\n",
+            "def f(prompts, responses, **columns):\n    return [float('nan')] * len(prompts)\n",
             reward__function="{}:f",
         ),
     ),
@@ -397,7 +397,7 @@ def test_a_fault_is_found_alone(run, healthy, check, status, sentence, plant, ch
     assert found.keys() == {check}, [(f.check, f.found) for f in found.values()]
     told = f"{found[check].found} {found[check].remedy}"
     assert found[check].status == status and re.search(sentence, told, flags=re.DOTALL), told
-    assert found[check].remedy or re.search(r"Try|Set|Name|Raise|must|needs|is not|no such|--", told), told
+    assert found[check].remedy or "--" in told, told
     assert "secret" not in told
 
 
