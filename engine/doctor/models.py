@@ -245,10 +245,13 @@ def _ref_is_no_model(subject: Subject) -> bool:
 
 
 def _reads_text(subject: Subject) -> bool:
-    """Whether the reward model has a tokenizer of its own, so that ids of the actor's do not reach it."""
+    """Whether the reward model has a tokenizer or template of its own, so that the actor's ids do not reach it."""
     from engine.models.loading import read_alike
 
-    return subject.is_ppo and not read_alike(subject.tokenizer("reward"), subject.tokenizer("actor"))
+    if not subject.is_ppo:
+        return False
+    theirs, ours = subject.tokenizer("reward"), subject.tokenizer("actor")
+    return not (theirs.chat_template == ours.chat_template and read_alike(theirs, ours))
 
 
 def _folder(model_name_or_path: str) -> Path:

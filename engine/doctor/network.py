@@ -62,10 +62,10 @@ def master_address(subject: Subject) -> Finding | None:
     if name is None:
         return None
     try:
-        address = socket.gethostbyname(name)
+        address = _address(name)
     except OSError as error:
         return failed(f"MASTER_ADDR={name} does not resolve ({error}).", "Set it to rank 0's host name or address.")
-    if address.startswith("127.") and subject.hostfile is not None and len(subject.hosts) > 1:
+    if address.startswith(("127.", "::1")) and subject.hostfile is not None and len(subject.hosts) > 1:
         said = f"MASTER_ADDR={name} is each machine's own, and the hostfile names {len(subject.hosts)}."
         return failed(said, "Set it to an address of the first machine that the others can reach.")
     port = _port()
@@ -91,7 +91,7 @@ def master_port(subject: Subject) -> Finding | None:
     """The port that rank 0 is to listen on is free, where this machine is rank 0's."""
     port, name = _port(), os.environ.get("MASTER_ADDR", "127.0.0.1")
     try:
-        if _joins() or not _is_here(socket.gethostbyname(name)):
+        if _joins() or not _is_here(_address(name)):
             return None
     except OSError:  # told by master_address
         return None
@@ -113,7 +113,7 @@ def hostfile(subject: Subject) -> Finding | None:
 
     def look(host: str) -> Finding:
         try:
-            return ok(f"{host} is {socket.gethostbyname(host)}")
+            return ok(f"{host} is {_address(host)}")
         except OSError as error:
             return failed(f"{host} does not resolve ({error}).", "Correct the name, or add it to /etc/hosts.")
 
@@ -159,9 +159,18 @@ def _joins() -> bool:
     return bool(ranks) and ranks[0].isdecimal() and int(ranks[0]) > 0
 
 
+def _address(name: str) -> str:
+    """The first that a name resolves to.
+
+    Raises:
+        OSError: it does not.
+    """
+    return socket.getaddrinfo(name, None)[0][4][0]
+
+
 def _is_here(address: str) -> bool:
     """Whether this machine has the address: then it can be listened on."""
-    with socket.socket() as trial:
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as trial:
         try:
             trial.bind((address, 0))
         except OSError:
