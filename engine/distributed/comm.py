@@ -7,7 +7,6 @@ import fcntl
 import os
 import resource
 import socket
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder.builder import OpBuilder
 from torch import Tensor
 
+from engine.distributed.builds import BUILD_QUEUE, FINISHED, LOCK, folder_of_builds
 from engine.distributed.slurm import ranks_of_srun
 
 # DeepSpeed 0.19's own calls, which torch 2.13 wants renamed: nothing a user of this engine could act on.
@@ -233,15 +233,14 @@ def _build_ops() -> None:
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is None or not builder.is_compatible(verbose=False):
         return
-    built_for = f"py{sys.version_info.major}{sys.version_info.minor}_torch{torch.__version__}_ds{deepspeed.__version__}"
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rlhf_engine" / "ops" / built_for
-    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default)))
-    library, finished = folder / builder.name / f"{builder.name}.so", folder / builder.name / "finished"
+    folder = folder_of_builds(torch.__version__, deepspeed.__version__)
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    library, finished = folder / builder.name / f"{builder.name}.so", folder / builder.name / FINISHED
     library.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder / "rlhf_engine.flock", "w") as queue:
+    with open(folder / BUILD_QUEUE, "w") as queue:
         fcntl.flock(queue, fcntl.LOCK_EX)
         if not (finished.exists() and library.exists()):
-            stale = library.with_name("lock")
+            stale = library.with_name(LOCK)
             if stale.exists():
                 print(f"An interrupted build left {stale} behind: removing it, building again.", flush=True)
                 stale.unlink()

@@ -91,7 +91,7 @@ def load_pretrained(
     Raises:
         ValueError: there is no such model, it is not of this class, or it cannot be quantised here.
     """
-    folder, config = _found(model_name_or_path), _config(model_name_or_path, **overrides)
+    folder, config = _found(model_name_or_path), model_config(model_name_or_path, **overrides)
     saved_architectures, dropout = config.architectures, _switch_dropout_off(config)
     given = {"quantization_config": quantization_config(quantization, dtype=dtype)} if quantization else {}
     try:
@@ -107,13 +107,28 @@ def load_pretrained(
     return model
 
 
+def model_config(model_name_or_path: str, **overrides) -> PreTrainedConfig:
+    """The config of a model, without its weights.
+
+    Args:
+        overrides: fields to set.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    try:
+        return AutoConfig.from_pretrained(_found(model_name_or_path), **NOBODYS_CODE, **overrides)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{model_name_or_path} is neither a model folder nor a known hub name: {error}") from error
+
+
 def number_of_labels(model_name_or_path: str) -> int | None:
     """Outputs of a saved sequence classifier; None for a model of another kind.
 
     Raises:
         ValueError: there is no such model.
     """
-    config = _config(model_name_or_path)
+    config = model_config(model_name_or_path)
     is_classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
     return config.num_labels if is_classifier else None
 
@@ -202,13 +217,6 @@ def _found(model_name_or_path: str) -> str:
     if looks_local and not (Path(folder).expanduser() / "config.json").is_file():
         raise ValueError(f"{model_name_or_path}: no such model folder (there is no config.json in it).")
     return str(Path(folder).expanduser()) if looks_local else folder
-
-
-def _config(model_name_or_path: str, **overrides) -> PreTrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(_found(model_name_or_path), **NOBODYS_CODE, **overrides)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{model_name_or_path} is neither a model folder nor a known hub name: {error}") from error
 
 
 def _switch_dropout_off(config: PreTrainedConfig) -> dict[str, float]:
