@@ -19,9 +19,9 @@ LAYERS = {
     "supervised_engine": 4,
     "trainers": 5,
 }
-# Neither is a layer: the config is for layers 2 and up, a tracker is told what to write.
-FREE = {"config", "environments", "run_folder", "scores", "tracking"}
-MAY_IMPORT = {"config": set(), "environments": {"scores"}, "run_folder": set(), "tracking": {"config"}}
+# None is a layer: the config is for layers 2 and up, a tracker is told what to write, a report reads files only.
+FREE = {"config", "environments", "report", "run_folder", "scores", "tracking"}
+MAY_IMPORT = {"config": set(), "environments": {"scores"}, "report": set(), "run_folder": set(), "tracking": {"config"}}
 
 
 def part_of(module: str) -> str:
@@ -57,6 +57,8 @@ def allowed(importer: str, imported: str) -> bool:
         return LAYERS[importer] >= 2
     if imported == "tracking":
         return importer == "trainers"
+    if imported == "report":
+        return False
     if imported == "run_folder":
         return importer == "distributed"
     return LAYERS[imported] < LAYERS[importer]
@@ -108,6 +110,8 @@ def test_the_rule_can_be_broken():
     assert not allowed("rollout", "trainers")
     assert not allowed("tracking", "trainers")
     assert not allowed("rollout", "tracking")
+    assert not allowed("trainers", "report")
+    assert not allowed("report", "tracking")
     assert not allowed("data", "models")
     assert allowed("rollout", "distributed")
     assert allowed("distributed", "models")

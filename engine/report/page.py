@@ -62,7 +62,7 @@ def report_page(folders: Sequence[Path]) -> str:
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:
-    """The ends of the folders' paths, as long as it takes to tell them apart; of a folder given twice, with a number."""
+    """The ends of the folders' paths, as long as it takes to tell them apart; numbered if a folder is given twice."""
     parts = [folder.resolve().parts for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(path[-length:]) for path in parts]

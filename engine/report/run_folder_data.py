@@ -1,4 +1,4 @@
-"""What a page says of one run: its folder as one JSON object. A file that is missing or broken costs its section only."""
+"""What a page says of one run: its folder as one JSON object. A missing or broken file costs its own section only."""
 
 import json
 from pathlib import Path

@@ -69,7 +69,7 @@ def write_run(folder: Path, *, iterations: int = 30, seed: int = 0, num_iteratio
     write_beside(folder, iterations=iterations, seed=seed)
     (folder / "config.yaml").write_text(
         f"output_dir: {folder.name}\nactor:\n  model_name_or_path: tiny/actor-{seed}\n  learning_rate: 0.00025\n"
-        f"seed: {seed}\nnum_iterations: {num_iterations or iterations}\ndata:\n  train: '{HOSTILE.replace(chr(39), '')}'\n"
+        f"seed: {seed}\nnum_iterations: {num_iterations or iterations}\nhostile: '</script><b>{{'\n"
     )
     return folder
 
@@ -108,14 +108,36 @@ def write_beside(folder: Path, *, iterations: int, seed: int = 0) -> None:
         folder / "evaluation_samples.jsonl",
         [
             {
-                **{"iteration": i, "prompt": prompt, "response": f"[{i}] {said}", "score": 0.4 + 0.1 * row * done},
-                **{"kl": done, "length": 9, "initial_response": "I was born in 1642.", "initial_score": 0.5},
+                "iteration": i,
+                "prompt": prompt,
+                "response": f"[{i}] {said}",
+                "score": 0.4 + 0.1 * row * done,
+                "kl": done,
+                "length": 9,
+                "initial_response": "I was born in 1642.",
+                "initial_score": 0.5,
             }
             for i, done in zip(every, share, strict=True)
             for row, (prompt, said) in enumerate(texts)
         ],
     )
-    tokens = ["I", " don", "'t", " know", ",", " but", " <b>", " it", "\n", " is", " 🙂", " likely", " in", " Delft", "."]
+    tokens = [
+        "I",
+        " don",
+        "'t",
+        " know",
+        ",",
+        " but",
+        " <b>",
+        " it",
+        "\n",
+        " is",
+        " 🙂",
+        " likely",
+        " in",
+        " Delft",
+        ".",
+    ]
     write_lines(folder / "token_views.jsonl", [token_view(i, tokens, noise) for i in looked_at])
     write_lines(
         folder / "warnings.jsonl",

@@ -28,7 +28,7 @@ function chart(title, explanation, lines, { band = [], marks = [], stacked = fal
   inView.observe(place);
   resized.observe(place);
   return element("figure", { class: "chart", "data-metric": title },
-    element("figcaption", {}, element("h4", {}, title), explanation ? element("p", { class: "explanation" }, explanation) : null, readout), place);
+    element("figcaption", { class: lines.length > 1 ? "many" : "" }, element("h4", {}, named(title)), readout, explanation ? element("p", { class: "explanation" }, explanation) : null), place);
 }
 
 function summary(lines) {
@@ -46,8 +46,7 @@ function say(shown, index) {
   const values = shown.lines.map((line) => (index === null ? line.y.findLast(isNumber) : valueAt(line, at)));
   shown.readout.replaceChildren(
     element("span", { class: "at" }, index === null ? "last" : `iteration ${at}`),
-    ...shown.lines.map((line, i) => element("span", { class: "value" }, swatch(line),
-      shown.lines.length > 1 ? `${line.label} ` : "", element("b", {}, formatted(values[i]) + (isNumber(values[i]) ? shown.unit : "")))));
+    ...shown.lines.map((line, i) => element("span", { class: "value" }, ...(shown.lines.length > 1 ? [swatch(line), `${line.label} `] : []), element("b", {}, formatted(values[i]) + (isNumber(values[i]) ? shown.unit : "")))));
 }
 
 function valueAt(line, x) {
@@ -103,6 +102,14 @@ function smoothed(ys, weight) {
   });
 }
 
+// The y axis: a line of one value lies in the middle, none rises out of rounding.
+function around(_, low, high) {
+  if (low === null) return [0, 1];
+  const size = Math.max(Math.abs(low), Math.abs(high));
+  if (high - low > 1e-9 * size) return uPlot.rangeNum(low, high, 0.1, true);
+  return size === 0 ? [-1, 1] : [low - 0.1 * size, high + 0.1 * size];
+}
+
 // uPlot's columns: numbers of all lines on the iterations of any of them.
 function columns(lines) {
   const same = lines.every((line) => line.x === lines[0].x);
@@ -143,7 +150,7 @@ function draw(shown) {
     height: HEIGHT,
     legend: { show: false },
     padding: [8, 8, 0, 0],
-    scales: { x: { time: false, auto: false, min, max }, y: stacked ? { range: (_, __, high) => [0, high || 1] } : {} },
+    scales: { x: { time: false, auto: false, min, max }, y: stacked ? { range: (_, __, high) => [0, high || 1] } : { range: around } },
     axes: [{ ...axis, size: 28, space: 60, incrs: [1, 2, 5].flatMap((n) => [0, 1, 2, 3, 4, 5, 6].map((e) => n * 10 ** e)).sort((a, b) => a - b) },
       { ...axis, size: 56, space: 34, values: (_, ticks) => ticks.map(formatted) }],
     cursor: { sync: { key: "iterations", setSeries: false }, drag: { x: true, y: false, setScale: false }, bind: { dblclick: () => () => zoomTo(null) }, points: { show: !stacked } },
@@ -168,6 +175,8 @@ function marked(plot, marks) {
   const { ctx, bbox } = plot;
   ctx.save();
   ctx.fillStyle = ctx.strokeStyle = colour("warning");
+  ctx.globalAlpha = 0.6;
+  ctx.lineWidth = devicePixelRatio;
   ctx.setLineDash([3, 4]);
   for (const iteration of marks) {
     if (iteration < plot.scales.x.min || iteration > plot.scales.x.max) continue;

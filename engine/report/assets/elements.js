@@ -8,7 +8,7 @@ function element(tag, attributes = {}, ...children) {
     else if (name === "style") for (const [key, said] of Object.entries(value)) made.style.setProperty(key, said);
     else if (value !== null && value !== undefined && value !== false) made.setAttribute(name, value === true ? "" : value);
   }
-  made.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  made.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined));
   return made;
 }
 
@@ -20,6 +20,16 @@ function formatted(value) {
   if (size !== 0 && (size < 1e-3 || size >= 1e6)) return value.toExponential(2).replace("e+", "e");
   return Number(value.toPrecision(4)).toLocaleString("en", { maximumFractionDigits: 6 });
 }
+
+function counted(number) {
+  for (const [unit, size] of [["B", 1e9], ["M", 1e6], ["K", 1e3]]) {
+    if (number >= size) return `${Number((number / size).toPrecision(3))} ${unit}`;
+  }
+  return formatted(number);
+}
+
+// A metric's name, which may break after its slash.
+const named = (name) => name.split(/(?<=[/_])/).flatMap((part, i) => (i ? [element("wbr"), part] : [part]));
 
 function duration(seconds) {
   if (seconds < 60) return `${formatted(Number(seconds.toPrecision(3)))} s`;

@@ -58,7 +58,7 @@ const section = (id, title, ...children) => element("section", { id, "aria-label
 const missing = (sentence) => element("p", { class: "none" }, sentence);
 
 function tile(label, value, detail) {
-  return element("div", { class: "tile" }, element("dt", {}, label), element("dd", {}, element("b", {}, value), detail ? element("span", {}, detail) : null));
+  return element("div", { class: "tile" }, element("dt", {}, named(label)), element("dd", {}, element("b", {}, value), detail ? element("span", {}, detail) : null));
 }
 
 function iterationsSaid(run) {
@@ -166,13 +166,13 @@ function memory(run) {
   return [element("p", {}, `Planned for each of ${plan.world_size ?? "?"} ranks, by phase.${off}`),
     element("div", { class: "card" }, key(parts.map((part) => [part, colourOf(part)])), bars, measured ? bar("measured", [{ label: "measured peak", size: measured, colour: "quiet" }], whole, bytes) : null),
     table("Planned states by role, on a rank", ["role", "ZeRO stage", "parameters", "weights", "gradients", "optimizer"], Object.entries(plan.roles ?? {}).map(([role, of]) =>
-      [role, String(of.zero_stage ?? "–"), formatted(of.parameters), bytes(of.weights_bytes ?? 0), bytes(of.gradients_bytes ?? 0), bytes(of.optimizer_bytes ?? 0)]))];
+      [role, String(of.zero_stage ?? "–"), isNumber(of.parameters) ? counted(of.parameters) : "–", bytes(of.weights_bytes ?? 0), bytes(of.gradients_bytes ?? 0), bytes(of.optimizer_bytes ?? 0)]))];
 }
 
 function evaluation(run) {
   const measured = names(run).filter((name) => name.startsWith("eval/") && ends(run, name));
   if (!measured.length) return missing("The run was not evaluated on held-out data: there is no evaluation.jsonl.");
-  return [table("Before training and at the last evaluation", ["metric", "before or at first", "at last", "change"], measured.map((name) => {
+  return [table("Before training and at the last evaluation", ["metric", "at first", "at last", "change"], measured.map((name) => {
     const [first, last] = ends(run, name);
     return [name, formatted(first), formatted(last), `${last > first ? "+" : ""}${formatted(last - first)}`];
   })), element("h3", {}, "Responses beside the initial model's"), run.evaluation_samples.rows.length ? evaluationSamples(run) : missing("There are none: evaluation_samples.jsonl is missing or empty.")];

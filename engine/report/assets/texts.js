@@ -102,5 +102,5 @@ function tokens(run) {
     paint();
   }
   const moved = slider("Iteration of the token view", run.token_views.rows, show);
-  return [shownOf(run.token_views), moved, element("p", { class: "row" }, element("label", {}, "Colour: ", choice)), prompt, legend, place, numbers];
+  return [shownOf(run.token_views), moved, element("p", { class: "row" }, element("label", {}, "Colour: ", choice)), prompt, legend, element("div", {}, place, numbers)];
 }
