@@ -20,8 +20,8 @@ class Rows:
 
 
 def rows_of(path: Path) -> Rows:
-    """The rows of a JSONL file that have an `iteration`; the last line may be half written. A file that is not there has
-    none.
+    """The rows of a JSONL file that have an `iteration`; the last line may be half written. A file that is not there
+    has none.
     """
     if not path.is_file():
         return Rows([], 0)
