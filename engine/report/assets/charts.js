@@ -107,7 +107,7 @@ function around(_, low, high) {
   if (low === null) return [0, 1];
   const size = Math.max(Math.abs(low), Math.abs(high));
   if (high - low > 1e-9 * size) return uPlot.rangeNum(low, high, 0.1, true);
-  return size === 0 ? [-1, 1] : [low - 0.1 * size, high + 0.1 * size];
+  return size === 0 ? [0, 1] : [low - 0.1 * size, high + 0.1 * size];
 }
 
 // uPlot's columns: numbers of all lines on the iterations of any of them.

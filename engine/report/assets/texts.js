@@ -4,8 +4,8 @@ const text = (content) => element("div", { class: "text", dir: "auto" }, content
 
 const chip = (label, value, sign = "") => element("span", { class: `chip ${sign}` }, `${label} `, element("b", {}, value));
 
-const chipsOf = (row) => element("p", { class: "chips" },
-  chip("score", formatted(row.score)), "kl" in row ? chip("KL", `${formatted(row.kl)} nats`) : null, "length" in row ? chip("length", `${row.length} tokens`) : null);
+const chipsOf = (row, more = null) => element("p", { class: "chips" },
+  chip("score", formatted(row.score)), "kl" in row ? chip("KL", `${formatted(row.kl)} nats`) : null, "length" in row ? chip("length", `${row.length} tokens`) : null, more);
 
 function shownOf(thinned) {
   const kept = new Set(thinned.rows.map((row) => row.iteration)).size;
@@ -33,8 +33,8 @@ function evaluationSamples(run) {
     place.replaceChildren(...rows.slice(0, 50).map((row) => element("article", { class: "card" }, element("h4", {}, "Prompt"), text(row.prompt),
       element("div", { class: "pair" },
         element("div", {}, element("h4", {}, "Initial model"), text(row.initial_response), element("p", { class: "chips" }, chip("score", formatted(row.initial_score)))),
-        element("div", {}, element("h4", {}, "This run"), text(row.response), chipsOf(row))),
-      element("p", { class: "chips" }, better(row) > 0 ? chip("▲ better by", formatted(better(row)), "up") : better(row) < 0 ? chip("▼ worse by", formatted(-better(row)), "down") : chip("=", "same score")))));
+        element("div", {}, element("h4", {}, "This run"), text(row.response), chipsOf(row,
+          better(row) > 0 ? chip("▲ better by", formatted(better(row)), "up") : better(row) < 0 ? chip("▼ worse by", formatted(-better(row)), "down") : chip("=", "same score")))))));
   }
   const moved = slider("Iteration of the evaluation", run.evaluation_samples.rows, (_, rows) => { current = rows; fill(); });
   return [shownOf(run.evaluation_samples), moved, element("p", { class: "row" }, choice, count), place];
