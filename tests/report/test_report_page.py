@@ -285,7 +285,7 @@ def test_a_supervised_run_is_shown_as_well(opened, tmp_path):
     page = opened(write_report([tmp_path]), width=WIDTHS["phone"])
     look_through(page)
     drawn = page.evaluate(BLUE_PIXELS)
-    assert {"train/loss", "grad_norm", "lr", "eval/accuracy"} <= drawn.keys() and min(drawn.values()) > 50
+    assert {"train/loss", "grad_norm", "lr", "eval/accuracy", "seconds per iteration"} <= drawn.keys() and min(drawn.values()) > 50
     assert page.evaluate("column(runs[0], 'eval/accuracy').x") == [0, 10, 20]
     assert "0.5\t0.9\t+0.4" in page.locator("#evaluation").inner_text()
 

@@ -33,8 +33,8 @@ const MEANINGS = {
   "memory/peak_gib": "Most that one rank has allocated, and what the plan said.",
   "skipped/steps": "Optimizer steps left out since the start, for numbers that are not finite.",
 };
-const HEADLINES = ["score/mean", "eval/win_rate", "eval/score_mean", "eval/accuracy", "eval/loss", "train/accuracy", "train/loss", "kl/ref_mean", "response/length_mean", "eval/perplexity"];
-const PHASES = { generate: "phase-0", score: "phase-1", train: "phase-2", evaluate: "phase-3", save: "phase-4" };
+const HEADLINES = ["score/mean", "eval/win_rate", "eval/accuracy", "eval/loss", "train/accuracy", "train/loss", "kl/ref_mean", "response/length_mean", "eval/score_mean", "eval/perplexity"];
+const PHASES = { generate: "phase-0", score: "phase-1", train: "phase-2", step: "phase-2", evaluate: "phase-3", save: "phase-4" };
 
 // {x, y} of a metric of a run, wherever it is reported.
 function column(run, name) {
@@ -72,7 +72,7 @@ function header() {
   const change = (run, name) => { const found = ends(run, name); return found ? `${formatted(found[0])} → ${formatted(found[1])}` : "–"; };
   if (several) {
     top.append(table("The runs, with metrics from first to last", ["run", "model", "iterations", "time", ...shown],
-      runs.map((run, i) => [[swatch(lineStyle(i)), ` ${run.name}`], element("span", { class: "model" }, modelOf(run)), iterationsSaid(run), duration(seconds(run)), ...shown.map((name) => change(run, name))])));
+      runs.map((run, i) => [[swatch(lineStyle(i)), ` ${run.name}`], element("span", { class: "model", title: modelOf(run) }, modelOf(run).split("?")[0].split("/").slice(-2).join("/")), iterationsSaid(run), duration(seconds(run)), ...shown.map((name) => change(run, name))])));
   } else {
     const [run] = runs;
     top.append(element("p", { class: "model" }, modelOf(run)), element("dl", { class: "tiles" },
@@ -82,7 +82,7 @@ function header() {
   const chosen = element("select", { id: "run", onchange: (event) => details(runs[Number(event.target.value)]) }, runs.map((run, i) => element("option", { value: i }, run.name)));
   const links = ["curves", "time", "memory", "evaluation", "samples", "tokens", "config"].map((id) => element("a", { href: `#${id}` }, id[0].toUpperCase() + id.slice(1)));
   return [top, element("nav", { "aria-label": "Sections" }, element("div", { class: "links" }, links),
-    several ? element("label", { class: "chosen-run" }, "Texts of ", chosen) : null)];
+    several ? element("label", { class: "chosen-run" }, "Details of ", chosen) : null)];
 }
 
 function health() {
@@ -134,7 +134,7 @@ function curves() {
   return section("curves", "Curves", element("div", { class: "toolbar" },
     element("label", { for: "smoothing" }, "Smoothing"), smoothing,
     element("span", { class: "buttons", role: "group", "aria-label": "Zoom" }, button("+", "Zoom in", () => zoomBy(0.5)), button("−", "Zoom out", () => zoomBy(2)), button("Whole run", "Show the whole run", () => zoomTo(null))),
-    element("span", { class: "explanation" }, "Point at a curve for its values; drag to zoom, double-click for the whole run."),
+    element("span", { class: "explanation" }, "Curves run over iterations. Point at one for its values, drag to zoom, double-click for the whole run."),
     several ? element("span", { class: "runs" }, runs.map((run, i) => element("span", {}, swatch(lineStyle(i)), ` ${run.name}`))) : null), groups);
 }
 
@@ -148,9 +148,13 @@ function time() {
   const bars = timed.map((run) => bar(several ? run.name : "in all", phases.map((phase) => ({ label: phase, size: spent(run, phase), colour: colourOf(phase) })), most, duration));
   const rows = timed.map((run) => [run.name, ...phases.map((phase) => `${duration(spent(run, phase))} (${Math.round((100 * spent(run, phase)) / seconds(run))} %)`), duration(seconds(run))]);
   const areas = timed.map((run) => {
-    const lines = phases.map((phase) => ({ phase, found: column(run, `time/${phase}_s`) })).filter(({ found }) => found && found.x.length === run.metrics.x.length);
-    return lines.length ? chart(several ? `seconds per iteration, ${run.name}` : "seconds per iteration", null,
-      lines.map(({ phase, found }) => ({ label: phase, colour: colourOf(phase), dash: [], ...found })), { stacked: true, unit: " s" }) : null;
+    const found = new Map(phases.map((phase) => [phase, column(run, `time/${phase}_s`)]).filter(([, times]) => times));
+    const x = [...new Set([...found.values()].flatMap((times) => times.x))].sort((a, b) => a - b);
+    const lines = [...found].map(([phase, times]) => {
+      const at = new Map(times.x.map((iteration, i) => [iteration, times.y[i]]));
+      return { label: phase, colour: colourOf(phase), dash: [], x, y: x.map((iteration) => at.get(iteration) ?? 0) };
+    });
+    return chart(several ? `seconds per iteration, ${run.name}` : "seconds per iteration", null, lines, { stacked: true, unit: " s" });
   });
   return section("time", "Time by phase", element("div", { class: "card" }, key(phases.map((phase) => [phase, colourOf(phase)])), bars), element("div", { class: "grid wide" }, areas), table("Time by phase", ["run", ...phases, "in all"], rows));
 }
