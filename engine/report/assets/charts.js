@@ -151,7 +151,7 @@ function draw(shown) {
     legend: { show: false },
     padding: [8, 16, 0, 0],
     scales: { x: { time: false, auto: false, min, max }, y: stacked ? { range: (_, __, high) => [0, high || 1] } : { range: around } },
-    axes: [{ ...axis, size: 28, space: 60, incrs: [1, 2, 5].flatMap((n) => [0, 1, 2, 3, 4, 5, 6].map((e) => n * 10 ** e)).sort((a, b) => a - b) },
+    axes: [{ ...axis, size: 28, space: 44, incrs: [1, 2, 5].flatMap((n) => [0, 1, 2, 3, 4, 5, 6].map((e) => n * 10 ** e)).sort((a, b) => a - b) },
       { ...axis, size: 56, space: 34, values: (_, ticks) => ticks.map(formatted) }],
     cursor: { sync: { key: "iterations", setSeries: false }, drag: { x: true, y: false, setScale: false }, bind: { dblclick: () => () => zoomTo(null) }, points: { show: !stacked } },
     series: [{}, ...layers.map((layer) => layer.series)],
