@@ -106,6 +106,9 @@ def test_every_curve_is_drawn_and_the_page_is_as_wide_as_the_window(opened, repo
     assert all(drawn.values()), {name: count for name, count in drawn.items() if not count}
     assert min(drawn.values()) > 50
     assert overflow(page) <= 0
+    assert page.evaluate(
+        "[...document.querySelectorAll('.text')].every((text) => text.scrollWidth <= text.clientWidth)"
+    )
 
 
 def test_nothing_is_drawn_before_it_is_looked_at(opened, report):
@@ -276,6 +279,17 @@ def test_what_is_missing_is_said_in_its_section(opened, tmp_path, rows):
         assert "There are no curves: metrics.jsonl is missing" in said
 
 
+def test_a_file_of_another_form_costs_its_section_only(opened, tmp_path):
+    write_run(tmp_path, iterations=3)
+    (tmp_path / "memory_plan.json").write_text('{"phases": {"train": null}}')
+    write_lines(tmp_path / "token_views.jsonl", [{"iteration": 1, "prompt": "p", "values": [0.1]}])
+    page = opened(write_report([tmp_path]))
+    assert "This section cannot be shown" in page.locator("#memory").inner_text()
+    assert "This section cannot be shown" in page.locator("#tokens").inner_text()
+    assert "(3) Rembrandt" in page.locator("#samples").inner_text()
+    assert "deepspeed" in page.locator("#config").inner_text()
+
+
 def test_a_supervised_run_is_shown_as_well(opened, tmp_path):
     rows = [{"iteration": 0, "eval/accuracy": 0.5}]
     for i in range(1, 21):
@@ -285,7 +299,9 @@ def test_a_supervised_run_is_shown_as_well(opened, tmp_path):
     page = opened(write_report([tmp_path]), width=WIDTHS["phone"])
     look_through(page)
     drawn = page.evaluate(BLUE_PIXELS)
-    assert {"train/loss", "grad_norm", "lr", "eval/accuracy", "seconds per iteration"} <= drawn.keys() and min(drawn.values()) > 50
+    assert {"train/loss", "grad_norm", "lr", "eval/accuracy", "seconds per iteration"} <= drawn.keys() and min(
+        drawn.values()
+    ) > 50
     assert page.evaluate("column(runs[0], 'eval/accuracy').x") == [0, 10, 20]
     assert "0.5\t0.9\t+0.4" in page.locator("#evaluation").inner_text()
 

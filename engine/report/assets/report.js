@@ -198,9 +198,18 @@ const DETAILS = [
   ["config", "Config and versions", config],
 ];
 
+// A file of another form than ours costs its section, not the page.
+function attempted(content, run) {
+  try {
+    return content(run);
+  } catch (error) {
+    return missing(`This section cannot be shown, its file is not of the form that a run writes: ${error.message}.`);
+  }
+}
+
 // The sections about one run.
 function details(run) {
-  document.getElementById("details").replaceChildren(...DETAILS.map(([id, title, content]) => section(id, several ? `${title}: ${run.name}` : title, content(run))));
+  document.getElementById("details").replaceChildren(...DETAILS.map(([id, title, content]) => section(id, several ? `${title}: ${run.name}` : title, attempted(content, run))));
 }
 
 document.getElementById("report").append(...header(), element("main", {}, health(), curves(), time(), element("div", { id: "details" })),
