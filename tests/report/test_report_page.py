@@ -234,7 +234,14 @@ def test_tokens_are_coloured_by_what_is_chosen_and_say_their_numbers(opened, rep
 def test_memory_stands_beside_the_plan(opened, report):
     said = opened(report).locator("#memory").inner_text()
     assert "21 GiB, 2 % below what was measured" in said
-    assert "494 M" in said and "KV cache" in said
+    assert "494 M" in said and "KV cache" in said and "measured\n21.5 GiB" in said
+
+
+def test_what_a_process_takes_on_a_cpu_is_not_held_against_the_plan(opened, tmp_path):
+    plan = write_run(tmp_path, iterations=2) / "memory_plan.json"
+    plan.write_text(plan.read_text().replace("cuda", "cpu"))
+    said = opened(write_report([tmp_path])).locator("#memory").inner_text()
+    assert "Measured: 21.5 GiB of the whole process" in said and "measured\n" not in said
 
 
 def test_two_runs_are_told_apart_by_colour_and_dash(opened, tmp_path):

@@ -164,11 +164,13 @@ function memory(run) {
   if (!plan?.phases) return missing(`The memory was not planned: there is no memory_plan.json.${measured ? ` Measured peak: ${bytes(measured)} on a rank.` : ""}`);
   const parts = [...new Set(Object.values(plan.phases).flatMap((phase) => Object.keys(phase.parts ?? {})))];
   const colourOf = (part) => `phase-${parts.indexOf(part) % 7}`;
-  const whole = Math.max(measured, ...Object.values(plan.phases).map((phase) => Math.max(phase.peak_bytes ?? 0, sum(Object.values(phase.parts ?? {})))));
+  const comparable = measured > 0 && plan.device !== "cpu"; // a CPU's peak is the whole process's, libraries included
+  const whole = Math.max(comparable ? measured : 0, ...Object.values(plan.phases).map((phase) => Math.max(phase.peak_bytes ?? 0, sum(Object.values(phase.parts ?? {})))));
   const bars = Object.entries(plan.phases).map(([phase, { parts: sizes, peak_bytes: peak }]) => bar(phase, Object.keys(sizes ?? {}).length ? Object.entries(sizes).map(([part, size]) => ({ label: part, size, colour: colourOf(part) })) : [{ label: "peak", size: peak, colour: "phase-0" }], whole, bytes));
-  const off = plan.peak_bytes && measured ? ` The plan's peak is ${bytes(plan.peak_bytes)}, ${Math.abs(Math.round(100 * (plan.peak_bytes / measured - 1)))} % ${plan.peak_bytes < measured ? "below" : "above"} what was measured.` : "";
-  return [element("p", {}, `Planned for each of ${plan.world_size ?? "?"} ranks, by phase.${off}`),
-    element("div", { class: "card" }, key(parts.map((part) => [part, colourOf(part)])), bars, measured ? bar("measured", [{ label: "measured peak", size: measured, colour: "quiet" }], whole, bytes) : null),
+  const off = () => `${Math.abs(Math.round(100 * (plan.peak_bytes / measured - 1)))} % ${plan.peak_bytes < measured ? "below" : "above"} what was measured`;
+  const against = !measured ? "." : comparable ? `, ${off()}.` : `. Measured: ${bytes(measured)} of the whole process, libraries included, since this ran on CPUs.`;
+  return [element("p", {}, `Planned for a rank (there ${plan.world_size === 1 ? "is 1" : `are ${plan.world_size ?? "?"}`}), by phase. The plan's peak is ${bytes(plan.peak_bytes ?? 0)}${against}`),
+    element("div", { class: "card" }, key(parts.map((part) => [part, colourOf(part)])), bars, comparable ? bar("measured", [{ label: "measured peak", size: measured, colour: "quiet" }], whole, bytes) : null),
     table("Planned states by role, on a rank", ["role", "ZeRO stage", "parameters", "weights", "gradients", "optimizer"], Object.entries(plan.roles ?? {}).map(([role, of]) =>
       [role, String(of.zero_stage ?? "–"), isNumber(of.parameters) ? counted(of.parameters) : "–", bytes(of.weights_bytes ?? 0), bytes(of.gradients_bytes ?? 0), bytes(of.optimizer_bytes ?? 0)]))];
 }

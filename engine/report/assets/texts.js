@@ -96,7 +96,7 @@ function tokens(run) {
         const moves = { ArrowLeft: i - 1, ArrowUp: i - 1, ArrowRight: i + 1, ArrowDown: i + 1, Home: 0, End: buttons.length - 1 };
         if (event.key in moves) { event.preventDefault(); select(moves[event.key], true); }
       },
-    }, token === "" ? "∅" : token.replaceAll("\n", "⏎\n")));
+    }, token === "" ? "·" : token.replaceAll("\n", "⏎\n")));
     place.replaceChildren(...buttons);
     selected = 0;
     paint();
