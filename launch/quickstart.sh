@@ -77,5 +77,9 @@ PYTHON
 echo
 python launch/evaluate_world.py "$out/world/questions.jsonl" "after SFT=$out/sft/model" "after PPO=$out/ppo/actor"
 echo
+for name in sft reward ppo; do
+    python launch/report.py "$out/$name" || echo "quickstart: no report of $name; all else is there" >&2
+done
+echo
 took=$((SECONDS - installed))
 echo "quickstart: done in $((took / 60)) min $((took % 60)) s, installation aside; everything lies in $out"

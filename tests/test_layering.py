@@ -20,14 +20,15 @@ LAYERS = {
     "supervised_engine": 4,
     "trainers": 5,
 }
-# None is a layer: the config is for layers 2 and up, a tracker is told what to write, a plan is asked before a run, and a
-# doctor is asked by nobody and looks at what a run reads: config, data, models, sharding, and the user's code.
-FREE = {"config", "doctor", "environments", "memory_plan", "run_folder", "scores", "tracking"}
+# None is a layer: the config is for layers 2 and up, a tracker is told what to write, a plan is asked before a run, a
+# report reads files only, a doctor is asked by nobody and looks at what a run reads, the user's code among it.
+FREE = {"config", "doctor", "environments", "memory_plan", "report", "run_folder", "scores", "tracking"}
 MAY_IMPORT = {
     "config": set(),
     "doctor": {"config", "data", "models", "distributed", "rollout", "run_folder"},
     "environments": {"scores"},
     "memory_plan": {"algorithms", "config", "distributed", "models"},
+    "report": set(),
     "run_folder": set(),
     "tracking": {"config"},
 }
@@ -66,7 +67,7 @@ def allowed(importer: str, imported: str) -> bool:
         return LAYERS[importer] >= 2
     if imported == "tracking":
         return importer == "trainers"
-    if imported == "memory_plan":
+    if imported in ("memory_plan", "report"):
         return False
     if imported == "run_folder":
         return importer == "distributed"
@@ -119,6 +120,8 @@ def test_the_rule_can_be_broken():
     assert not allowed("rollout", "trainers")
     assert not allowed("tracking", "trainers")
     assert not allowed("rollout", "tracking")
+    assert not allowed("trainers", "report")
+    assert not allowed("report", "tracking")
     assert not allowed("data", "models")
     assert not allowed("memory_plan", "trainers")
     assert not allowed("trainers", "memory_plan")
