@@ -23,7 +23,10 @@ setup(
     author="The rlhf-engine authors",
     python_requires=">=3.11",
     packages=[*find_packages(include=["engine", "engine.*"]), "launch"],
-    package_data={"launch": ["recipes/*.yaml", "*.sh"]},
+    package_data={
+        "engine": ["memory_plan/shapes/*.json", "report/assets/*"],
+        "launch": ["recipes/*.yaml", "*.sh"],
+    },
     install_requires=[
         "torch>=2.11,<3",
         "deepspeed>=0.19.8,<0.20",  # engine/distributed uses private API
@@ -43,7 +46,7 @@ setup(
     ],
     extras_require={
         "quantization": QUANTIZATION,
-        "test": ["pytest>=9.0,<10", "hypothesis>=6.170,<7", "ruff>=0.17,<0.18", *QUANTIZATION],
+        "test": ["pytest>=9.0,<10", "hypothesis>=6.170,<7", "ruff>=0.17,<0.18", "playwright>=1.65,<2", *QUANTIZATION],
         "bench": ["trl==1.11.0", "accelerate>=1.15,<2", "matplotlib>=3.11,<4"],
     },
 )
