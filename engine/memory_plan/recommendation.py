@@ -4,6 +4,7 @@ Cheap is what moves few bytes between ranks. Of what fits within the memory less
 taken; smaller micro-batches are preferred to generating from sharded weights, and both to offloading.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
@@ -109,7 +110,8 @@ def _chosen(planner: Planner, machine: Machine, fixed: Mapping[str, Path], *, qu
     several = dict.fromkeys([as_set, _smallest(as_set)] if quickly else [as_set, *_smaller(as_set)])
     for offloaded, generating in product((False, True), (planner, _generating_sharded(planner))):
         for sizes in several:
-            for plan in _plans(generating, machine, fixed, sizes, offloaded=offloaded):
+            limit = (1 - MARGIN) * machine.device_memory
+            for plan in _plans(generating, machine, fixed, sizes, offloaded=offloaded, limit=limit):
                 if machine.holds(plan):
                     return _Chosen(generating, plan, sizes)
     return None
@@ -121,12 +123,19 @@ def _generating_sharded(planner: Planner) -> Planner:
 
 
 def _plans(
-    planner: Planner, machine: Machine, fixed: Mapping[str, Path], sizes: Sizes, *, offloaded: bool | None = None
+    planner: Planner,
+    machine: Machine,
+    fixed: Mapping[str, Path],
+    sizes: Sizes,
+    *,
+    offloaded: bool | None = None,
+    limit: float = math.inf,
 ) -> Iterator[Plan]:
     """Under every sharding, the cheapest first.
 
     Args:
         offloaded: only those that offload some role, or none; all when not given.
+        limit: bytes that the models alone may take; what takes more is left out, unmeasured.
     """
     options, states = {}, {}
     for role in planner.roles:
@@ -141,8 +150,12 @@ def _plans(
     ways.sort(key=lambda way: sum(options[role][file] for role, file in way.items()))
     given = dict(world_size=machine.world_size, ranks_per_node=machine.ranks_per_node, sizes=sizes)
     for way in ways:
-        if offloaded is None or offloaded == any(_offloads(way[role]) for role in way.keys() - fixed.keys()):
-            yield planner.plan_of({role: states[role, file] for role, file in way.items()}, way, **given)
+        of = {role: states[role, file] for role, file in way.items()}
+        gathered = of["actor"].zero_stage == 3 and planner.config.rollout.weights == "gathered"
+        at_least = sum(each.resident_bytes for each in of.values()) + gathered * of["actor"].whole_bytes
+        wanted = offloaded is None or offloaded == any(_offloads(way[role]) for role in way.keys() - fixed.keys())
+        if wanted and at_least <= limit:
+            yield planner.plan_of(of, way, **given)
 
 
 def _smaller(sizes: Sizes) -> Iterator[Sizes]:

@@ -17,7 +17,8 @@ def actor(tmp_path):
     """`actor(dtype, **settings)` -> the planner of a run with Llama 3.1 8B, and its actor."""
 
     def made(dtype: str, **settings):
-        planner = Planner.of(tiny.ppo_config(tmp_path, model="llama-3.1-8b", dtype=dtype, **settings), device="cuda")
+        models = dict(model="llama-3.1-8b", reward__model_name_or_path="llama-3.1-8b")
+        planner = Planner.of(tiny.ppo_config(tmp_path, dtype=dtype, **models, **settings), device="cuda")
         return planner, planner.roles[0]
 
     return made
