@@ -225,6 +225,7 @@ def lora_targets(subject: Subject) -> Finding | None:
     return of_each([role for role, settings in subject.trained.items() if settings.has_adapter], look)
 
 
+@with_remedy("Install it as it says, or leave quantization out.")
 def quantization(subject: Subject) -> Finding | None:
     """The library for weights of 4 bits is there."""
     import torch

@@ -131,6 +131,7 @@ class Subject:
     def tokenizer(self, role: str) -> Any:
         from engine.models.loading import load_tokenizer
 
+        self.model_config(role)  # what has no model has no tokenizer, and an earlier check has said so
         template = self.config.data.chat_template if role == self.main_role else None
         return self.once(f"the {role}'s tokenizer", lambda: load_tokenizer(self.models[role], chat_template=template))
 
