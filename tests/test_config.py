@@ -109,7 +109,7 @@ def test_an_unknown_name_in_a_recipe_is_refused_by_name(tmp_path, line):
         ("rollout_batch_size", "3.5", "a whole number"),
         ("num_iterations", "ten", "a whole number"),  # or nothing: jsonargparse lists both
         ("actor.learning_rate", "fast", "a number"),
-        ("zero_stage", "4", "one of 0, 1, 2, 3"),
+        ("zero_stage", "4", "one of 0, 1, 2, 3, 'auto'"),
         ("dtype", "float8", "one of 'auto', 'float32', 'bfloat16', 'float16'"),
         ("kl_estimator", "k4", "one of 'full', 'k1', 'k2', 'k3'"),
         ("actor.gradient_checkpointing", "perhaps", "true or false"),
