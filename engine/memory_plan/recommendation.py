@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 from engine.config import DS_CONFIGS, PPOConfig, SteadyLoRAConfig
 from engine.memory_plan.phases import Sizes
 from engine.memory_plan.plan import Plan, Planner
+from engine.memory_plan.table import readable
 
 MARGIN = 0.1  # of the device, for what the plan does not see: CUDA's context, NCCL's buffers, gaps between tensors
 GIB = 2**30
@@ -152,7 +153,8 @@ def _plans(
     for way in ways:
         of = {role: states[role, file] for role, file in way.items()}
         gathered = of["actor"].zero_stage == 3 and planner.config.rollout.weights == "gathered"
-        at_least = sum(each.resident_bytes for each in of.values()) + gathered * of["actor"].whole_bytes
+        whole = gathered * (of["actor"].whole_bytes - of["actor"].persistent_bytes)
+        at_least = whole + sum(each.resident_bytes for each in of.values())
         wanted = offloaded is None or offloaded == any(_offloads(way[role]) for role in way.keys() - fixed.keys())
         if wanted and at_least <= limit:
             yield planner.plan_of(of, way, **given)
@@ -214,8 +216,8 @@ def _reasons(
     if (unit := sizes.micro_batch_size * machine.world_size) and config.minibatch_size % unit:
         yield f"minibatch_size={config.minibatch_size} has to be a multiple of {unit} on {machine.world_size} ranks."
     yield (
-        f"The peak is {plan.peak_bytes / GIB:.1f} GiB of {machine.device_memory / GIB:.1f} GiB; {MARGIN:.0%} are left "
-        f"for what the plan does not see."
+        f"The peak is {readable(plan.peak_bytes)} of {readable(machine.device_memory)}; {MARGIN:.0%} are left for what "
+        f"the plan does not see."
     )
 
 
