@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 from engine.config import PPOConfig
 from engine.distributed import comm
@@ -26,30 +27,26 @@ def with_stages_chosen(config: PPOConfig) -> PPOConfig:
         return config
     device, world_size = comm.device().type, comm.world_size()
     free = int(-comm.max_over_ranks(-comm.free_memory()))
-    roles = {}
+    chosen: dict[str, Any] = {}
     with comm.same_error_everywhere():
         if comm.is_main():
-            roles = _stages(config, Machine(world_size=world_size, device_memory=free), device=device)
-    roles = comm.of_main(roles)
-    return replace(
-        config, zero_stage=None, **{role: replace(getattr(config, role), **how) for role, how in roles.items()}
-    )
+            chosen = _settings(config, Machine(world_size=world_size, device_memory=free), device=device)
+    groups = {name: replace(getattr(config, name), **how) for name, how in comm.of_main(chosen).items()}
+    return replace(config, zero_stage=None, **groups)
 
 
-def _stages(config: PPOConfig, machine: Machine, *, device: str) -> dict[str, dict[str, int | str]]:
-    """Each role's own setting; prints why."""
-    planner = Planner.of(config, device=device)
+def _settings(config: PPOConfig, machine: Machine, *, device: Literal["cuda", "cpu"]) -> dict[str, dict[str, Any]]:
+    """What to set in each group of the config; prints why."""
     own = {role: getattr(config, role) for role in ("actor", "critic", "ref", "reward")}
-    fixed = {
-        name: config.ds_config_of(name) for name, of in own.items() if (of.zero_stage, of.ds_config) != (None, None)
-    }
-    found = recommendation(planner, machine, fixed=fixed)
-    as_set = Sizes.of(config, world_size=machine.world_size)
-    if found.sizes != as_set:  # nothing fits, or with smaller micro-batches, which are the user's to set
-        raise ValueError("zero_stage=auto finds no way to fit this run as it is.\n  " + "\n  ".join(found.reasons))
-    print("zero_stage=auto:\n  " + "\n  ".join(found.reasons), flush=True)
-    chosen = {name: file for name, file in found.sharding.items() if name not in fixed}
-    return {name: _setting(file) for name, file in chosen.items()}
+    named = [role for role, of in own.items() if (of.zero_stage, of.ds_config) != (None, None)]
+    fixed = {role: config.ds_config_of(role) for role in named}
+    found = recommendation(Planner.of(config, device=device), machine, fixed=fixed)
+    said = "\n  ".join(("", *found.reasons))
+    if found.sizes != Sizes.of(config, world_size=machine.world_size):  # none, or others, which are the user's to set
+        raise ValueError(f"zero_stage=auto finds no way for this run as it is set:{said}")
+    print(f"zero_stage=auto:{said}", flush=True)
+    roles = {role: _setting(file) for role, file in found.sharding.items() if role not in fixed}
+    return roles | {"rollout": {"weights": found.rollout_weights}}
 
 
 def _setting(file: Path) -> dict[str, int | str]:

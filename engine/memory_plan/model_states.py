@@ -124,8 +124,8 @@ def model_states(
             adding = min(elements, STAGE_0_BUCKET) * size if stage == 0 else of_rank
             gradients = of_rank if stage == 2 else gradients
     if sharding.optimizer_on_host and trained:
-        # Masters and moments, an fp32 gradient, the weights on their way back, gradients as they add up.
-        host += optimizer + (sum(parts) if stage < 3 else part) * (FP32 + size) + gradients
+        # Masters and moments, an fp32 gradient, gradients as they add up; below stage 3 the weights on their way back.
+        host += optimizer + gradients + (part * FP32 if stage == 3 else sum(parts) * (FP32 + size))
         largest_trained = max(w.elements for w in trained) * size
         optimizer = moments = stepping = 0
         adding = adding if stage == 3 else 0

@@ -1,13 +1,15 @@
 """How to shard each role, so that a run fits: the cheapest way that does, with its reasons.
 
 Cheap is what moves few bytes between ranks. Of what fits within the memory less a margin, the way of the lowest cost is
-taken; smaller micro-batches are preferred to offloading, which slows every step.
+taken; smaller micro-batches are preferred to generating from sharded weights, and both to offloading.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from engine.config import DS_CONFIGS, PPOConfig, SteadyLoRAConfig
 from engine.memory_plan.phases import Sizes
@@ -28,11 +30,13 @@ class Recommendation:
     Attributes:
         plan: None where nothing fits.
         sizes: of its passes.
+        rollout_weights: how the actor generates, `rollout.weights`.
         reasons: sentences: what was chosen and why, or what would have to change.
     """
 
     plan: Plan | None
     sizes: Sizes | None
+    rollout_weights: Literal["gathered", "sharded"] | None
     reasons: tuple[str, ...]
 
     @property
@@ -67,41 +71,72 @@ def recommendation(planner: Planner, machine: Machine, *, fixed: Mapping[str, Pa
     Args:
         fixed: files of roles that are not to be chosen.
     """
-    chosen = _chosen(planner, machine, fixed or {})
+    fixed = fixed or {}
+    chosen = _chosen(planner, machine, fixed)
     if chosen is not None:
-        plan, sizes = chosen
-        return Recommendation(plan, sizes, tuple(_reasons(planner, machine, plan, sizes, fixed or {})))
-    reasons = [f"Nothing fits into {machine.device_memory / GIB:.0f} GiB on each of {machine.world_size} ranks."]
-    smallest = min(
-        _plans(planner, machine, fixed or {}, [_smallest(planner, machine)]), key=lambda plan: plan.peak_bytes
-    )
-    phase = max(smallest.phases, key=lambda name: smallest.phases[name].peak_bytes)
-    part = max(smallest.phases[phase].parts.items(), key=lambda item: item[1])
-    reasons.append(
-        f"The least that can be had is {smallest.peak_bytes / GIB:.1f} GiB, in phase {phase}, most of it {part[0]} "
-        f"({part[1] / GIB:.1f} GiB); a margin of {MARGIN:.0%} is left for what the plan does not see."
-    )
-    if machine.host_memory is not None and smallest.host_bytes > (1 - MARGIN) * machine.host_memory:
+        reasons = _reasons(*chosen, planner.config, machine, fixed)
+        return Recommendation(chosen.plan, chosen.sizes, chosen.planner.config.rollout.weights, tuple(reasons))
+    sizes = _smallest(Sizes.of(planner.config, world_size=machine.world_size))
+    least = min(_plans(_generating_sharded(planner), machine, fixed, sizes), key=lambda plan: plan.peak_bytes)
+    phase = max(least.phases, key=lambda name: least.phases[name].peak_bytes)
+    part, size = max(least.phases[phase].parts.items(), key=lambda item: item[1])
+    ranks = "1 rank" if machine.world_size == 1 else f"each of {machine.world_size} ranks"
+    reasons = [
+        f"Nothing fits into {machine.device_memory / GIB:.1f} GiB on {ranks}.",
+        f"The least that a rank can take is {least.peak_bytes / GIB:.1f} GiB, in phase {phase}, most of it {part} "
+        f"({size / GIB:.1f} GiB); a margin of {MARGIN:.0%} is left for what the plan does not see.",
+    ]
+    if machine.host_memory is not None and least.host_bytes > (1 - MARGIN) * machine.host_memory:
         reasons.append(
-            f"It needs {smallest.host_bytes / GIB:.0f} GiB of a machine's own memory, and there are "
+            f"It offloads, which takes {least.host_bytes / GIB:.0f} GiB of a machine's own memory, and there are "
             f"{machine.host_memory / GIB:.0f} GiB."
         )
-    return Recommendation(None, None, (*reasons, *_ways_out(planner, machine, fixed or {})))
+    return Recommendation(None, None, None, (*reasons, *_ways_out(planner, machine, fixed)))
 
 
-def _chosen(planner: Planner, machine: Machine, fixed: Mapping[str, Path]) -> tuple[Plan, Sizes] | None:
+class _Chosen(NamedTuple):
+    planner: Planner
+    plan: Plan
+    sizes: Sizes
+
+
+def _chosen(planner: Planner, machine: Machine, fixed: Mapping[str, Path], *, quickly: bool = False) -> _Chosen | None:
+    """The cheapest that fits: rather with smaller micro-batches, then from sharded weights, then offloaded.
+
+    Args:
+        quickly: only with micro-batches as they are set, or of one row.
+    """
     as_set = Sizes.of(planner.config, world_size=machine.world_size)
-    for offloaded in (False, True):
-        for sizes in (as_set, *_smaller(as_set)):
-            for plan in _plans(planner, machine, fixed, [sizes]):
-                offloads = any(_offloads(file) and role not in fixed for role, file in plan.sharding.items())
-                if offloads == offloaded and machine.holds(plan):
-                    return plan, sizes
+    several = dict.fromkeys([as_set, _smallest(as_set)] if quickly else [as_set, *_smaller(as_set)])
+    for offloaded, generating in product((False, True), (planner, _generating_sharded(planner))):
+        for sizes in several:
+            limit = (1 - MARGIN) * machine.device_memory
+            for plan in _plans(generating, machine, fixed, sizes, offloaded=offloaded, limit=limit):
+                if machine.holds(plan):
+                    return _Chosen(generating, plan, sizes)
     return None
 
 
-def _plans(planner: Planner, machine: Machine, fixed: Mapping[str, Path], several: Iterable[Sizes]) -> Iterator[Plan]:
-    """Under every sharding, the cheapest first."""
+def _generating_sharded(planner: Planner) -> Planner:
+    rollout = replace(planner.config.rollout, weights="sharded")
+    return replace(planner, config=replace(planner.config, rollout=rollout))
+
+
+def _plans(
+    planner: Planner,
+    machine: Machine,
+    fixed: Mapping[str, Path],
+    sizes: Sizes,
+    *,
+    offloaded: bool | None = None,
+    limit: float = math.inf,
+) -> Iterator[Plan]:
+    """Under every sharding, the cheapest first.
+
+    Args:
+        offloaded: only those that offload some role, or none; all when not given.
+        limit: bytes that the models alone may take; what takes more is left out, unmeasured.
+    """
     options, states = {}, {}
     for role in planner.roles:
         costs = dict(TRAINED if role.trained else FROZEN)
@@ -113,10 +148,14 @@ def _plans(planner: Planner, machine: Machine, fixed: Mapping[str, Path], severa
             states[role.name, file] = planner.states(role, file, world_size=machine.world_size)
     ways = [dict(zip(options, files, strict=True)) for files in product(*options.values())]
     ways.sort(key=lambda way: sum(options[role][file] for role, file in way.items()))
-    given = dict(world_size=machine.world_size, ranks_per_node=machine.ranks_per_node)
-    for sizes in several:
-        for way in ways:
-            yield planner.plan_of({role: states[role, file] for role, file in way.items()}, way, sizes=sizes, **given)
+    given = dict(world_size=machine.world_size, ranks_per_node=machine.ranks_per_node, sizes=sizes)
+    for way in ways:
+        of = {role: states[role, file] for role, file in way.items()}
+        gathered = of["actor"].zero_stage == 3 and planner.config.rollout.weights == "gathered"
+        at_least = sum(each.resident_bytes for each in of.values()) + gathered * of["actor"].whole_bytes
+        wanted = offloaded is None or offloaded == any(_offloads(way[role]) for role in way.keys() - fixed.keys())
+        if wanted and at_least <= limit:
+            yield planner.plan_of(of, way, **given)
 
 
 def _smaller(sizes: Sizes) -> Iterator[Sizes]:
@@ -127,15 +166,17 @@ def _smaller(sizes: Sizes) -> Iterator[Sizes]:
         yield sizes
 
 
-def _smallest(planner: Planner, machine: Machine) -> Sizes:
-    return replace(Sizes.of(planner.config, world_size=machine.world_size), micro_batch_size=1, rollout_rows=1)
+def _smallest(sizes: Sizes) -> Sizes:
+    return replace(sizes, micro_batch_size=1, rollout_rows=1)
 
 
 def _offloads(file: Path) -> bool:
     return file.stem.endswith("offload")
 
 
-def _reasons(planner: Planner, machine: Machine, plan: Plan, sizes: Sizes, fixed: Mapping[str, Path]) -> Iterator[str]:
+def _reasons(
+    planner: Planner, plan: Plan, sizes: Sizes, config: PPOConfig, machine: Machine, fixed: Mapping[str, Path]
+) -> Iterator[str]:
     given = dict(world_size=machine.world_size, ranks_per_node=machine.ranks_per_node, sizes=sizes)
     limit = (1 - MARGIN) * machine.device_memory
     for role in planner.roles:
@@ -159,7 +200,12 @@ def _reasons(planner: Planner, machine: Machine, plan: Plan, sizes: Sizes, fixed
             else "no less, and other roles would have to be sharded at a higher cost"
         )
         yield f"{role.name}: {_in_words(file)}, since {_in_words(Path(cheaper[-1]))} would take {why}."
-    config, as_set = planner.config, Sizes.of(planner.config, world_size=machine.world_size)
+    if planner.config.rollout.weights != config.rollout.weights:
+        yield (
+            "Set --rollout.weights sharded, which generates slowly: the whole actor takes "
+            f"{plan.roles['actor'].whole_bytes / GIB:.1f} GiB."
+        )
+    as_set = Sizes.of(config, world_size=machine.world_size)
     if sizes != as_set:
         yield (
             f"Set --micro_batch_size {sizes.micro_batch_size} --rollout.micro_batch_size {sizes.rollout_rows}: with "
@@ -186,7 +232,8 @@ def _ways_out(planner: Planner, machine: Machine, fixed: Mapping[str, Path]) -> 
     if not all(getattr(config, role).gradient_checkpointing for role in trained):
         names = " and ".join(f"--{role}.gradient_checkpointing true" for role in sorted(trained))
         changes[names] = {role: replace(getattr(config, role), gradient_checkpointing=True) for role in trained}
-    halved = replace(config.rollout, max_response_tokens=-(-config.rollout.max_response_tokens // 2))
+    least = max(config.rollout.min_response_tokens, config.reward.overlong_tokens)
+    halved = replace(config.rollout, max_response_tokens=max(least, -(-config.rollout.max_response_tokens // 2)))
     prompts = replace(config.data, max_prompt_tokens=-(-config.data.max_prompt_tokens // 2))
     fewer = f"--data.max_prompt_tokens {prompts.max_prompt_tokens} --rollout.max_response_tokens"
     changes[f"{fewer} {halved.max_response_tokens} (half the tokens)"] = {"rollout": halved, "data": prompts}
@@ -195,18 +242,12 @@ def _ways_out(planner: Planner, machine: Machine, fixed: Mapping[str, Path]) -> 
         names = " ".join(f"--{role}.lora.r 16" for role in sorted(trained))
         changes[f"{names} (LoRA)"] = {role: replace(getattr(config, role), lora=lora) for role in trained}
     for names, change in changes.items():
-        if _chosen(Planner.of(replace(config, **change), device=planner.device), machine, fixed) is not None:
-            yield f"It would fit with {names}."
-        else:
-            yield f"It would not fit with {names} alone."
-    if config.rollout.weights == "gathered":
-        rollout = replace(config.rollout, weights="sharded")
-        if _chosen(replace(planner, config=replace(config, rollout=rollout)), machine, fixed) is not None:
-            yield "It would fit with --rollout.weights sharded, which generates slowly."
+        changed = Planner.of(replace(config, **change), device=planner.device)
+        fits = _chosen(changed, machine, fixed, quickly=True) is not None
+        yield f"It would fit with {names}." if fits else f"It would not fit with {names} alone."
     size = 2 * machine.world_size
     while size <= MORE_GPUS:
-        more = replace(machine, world_size=size)
-        if _chosen(planner, more, fixed) is not None:
+        if _chosen(planner, replace(machine, world_size=size), fixed, quickly=True) is not None:
             yield f"It would fit on {size} such GPUs."
             return
         size *= 2

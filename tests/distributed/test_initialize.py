@@ -260,3 +260,14 @@ def test_a_freed_engine_leaves_nothing_behind(run_ranks, strict_z3, kind):
     for before, during, after in run_ranks(built_and_freed, tiny.LLAMA, engines.ds_file(kind, strict_z3)):
         assert during - before > 10_000, "half of the model's weights at least, whole or sharded"
         assert after - before < 1000
+
+
+def bucket(kind, strict_z3):
+    engine = engines.actor(tiny.LLAMA, engines.ds_file(kind, strict_z3))
+    return engine.optimizer.reduce_bucket_size, sum(math.prod(initialize.whole_shape(p)) for p in engine.parameters())
+
+
+@pytest.mark.parametrize("kind", [2, "strict"])
+def test_no_more_is_allocated_for_sums_between_ranks_than_there_are_gradients(run_ranks, strict_z3, kind):
+    for size, elements in run_ranks(bucket, kind, strict_z3):
+        assert size == elements

@@ -1,12 +1,17 @@
 """The plan against what two ranks hold: bytes of weights, gradients and optimizer states, within 5 %."""
 
+import contextlib
+import io
+import json
+from pathlib import Path
+
 import pytest
 import runs
 import tiny
 import torch
 
-from engine.config import SteadyLoRAConfig
-from engine.memory_plan import memory_plan
+from engine.config import SteadyLoRAConfig, as_dict
+from engine.memory_plan import memory_plan, planned_peak_gib, with_stages_chosen
 
 KINDS = (0, 1, 2, "strict")
 SEVERAL = dict(minibatch_size=8, micro_batch_size=1)  # micro-batches to a step, so that gradients add up
@@ -92,3 +97,48 @@ def test_states_in_16_bits(run_ranks, tmp_path, kind):
     """fp32 masters beside weights and gradients of two bytes, and a tied head."""
     config = tiny.ppo_config(tmp_path, model=tiny.GPT2, dtype="bfloat16", **SEVERAL, **tiny.sharding(kind, tmp_path))
     check(config, run_ranks)
+
+
+class Metrics(runs.Log):
+    """A log that keeps what differs from run to run."""
+
+    def log(self, iteration, metrics, samples):
+        self.metrics.append(metrics)
+
+
+def trained_on_auto(config):
+    """The config as it is chosen, what is printed, and the metrics of an iteration."""
+    printed, log = io.StringIO(), Metrics()
+    with contextlib.redirect_stdout(printed):
+        config = with_stages_chosen(config)
+        trainer, prompts = runs.build(config)
+        trainer.planned_gib = planned_peak_gib(config)
+        trainer.train(prompts, 2, log)
+    return as_dict(config), printed.getvalue(), log.metrics
+
+
+def test_stages_are_chosen_alike_and_the_plan_is_kept_beside_what_was_taken(run_ranks, tmp_path):
+    config = tiny.ppo_config(tmp_path, zero_stage="auto", critic__zero_stage=2)
+    (first, printed, metrics), (second, silent, _) = run_ranks(trained_on_auto, config)
+    assert first == second and first["zero_stage"] is None
+    stages = {role: first[role]["zero_stage"] for role in ("actor", "critic", "ref", "reward")}
+    assert stages == dict(actor=0, critic=2, ref=0, reward=0)
+    assert "actor: ZeRO 0, since" in printed and "critic: zero2, as the config says." in printed
+    assert printed.count("Memory at the peak: ") == 1 and "Memory" not in silent
+    written = json.loads((Path(config.output_dir) / "memory_plan.json").read_text())
+    assert written["world_size"] == 2 and written["roles"]["critic"]["zero_stage"] == 2
+    assert [row["memory/planned_gib"] for row in metrics] == [written["peak_bytes"] / 2**30] * 2
+
+
+def unplanned(config):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        planned = planned_peak_gib(config)
+    return planned, printed.getvalue()
+
+
+def test_a_plan_that_cannot_be_made_is_a_line(run_ranks, tmp_path):
+    config = tiny.ppo_config(tmp_path, critic__model_name_or_path="nobody/knows")
+    (first, printed), (second, _) = run_ranks(unplanned, config)
+    assert first is second is None
+    assert printed.startswith("No memory plan: ValueError: The sizes of nobody/knows are not known here")
