@@ -67,6 +67,9 @@ def pass_peak(
         response_tokens: those of a row whose log-probabilities or values are asked for.
         head: what answers: a `LanguageModel` or a `ScalarHeadModel`.
         kl_full: with the KL to a ref over the whole vocabulary, whose model is of the actor's shape.
+
+    Raises:
+        ValueError: there is no response, or what the model computes depends on its data (experts that are picked).
     """
     if not 1 <= response_tokens <= tokens:
         raise ValueError(f"response_tokens={response_tokens} must be 1 to tokens={tokens}.")
@@ -81,7 +84,10 @@ def pass_peak(
                 checkpoint_activations(module)
             module.train(trained)
             run = _Pass(module, head, logits_chunk_tokens, kl_full, rows=rows, tokens=tokens, responses=response_tokens)
-            peaks[measured] = run.trained() if trained else run.answering()
+            try:
+                peaks[measured] = run.trained() if trained else run.answering()
+            except RuntimeError as error:
+                raise ValueError(f"{_name(module)} does not run on tensors without data: {error}") from error
     return PassPeak(
         saved_bytes=_at_depth(depth, {d: p.saved_bytes for d, p in peaks.items()}),
         peak_bytes=_at_depth(depth, {d: p.peak_bytes for d, p in peaks.items()}),
@@ -192,7 +198,14 @@ def _layers(module: nn.Module) -> nn.ModuleList:
     """The backbone's, as the one list that its config counts."""
     depth = module.model.config.get_text_config().num_hidden_layers
     lists = (part for part in module.model.base_model.modules() if isinstance(part, nn.ModuleList))
-    return next(part for part in lists if len(part) == depth)
+    found = next((part for part in lists if len(part) == depth), None)
+    if found is None:
+        raise ValueError(f"{_name(module)} has no list of its {depth} layers.")
+    return found
+
+
+def _name(module: nn.Module) -> str:
+    return type(module.model).__name__
 
 
 def _take_data_out(module: nn.Module, dtype: torch.dtype) -> None:

@@ -172,3 +172,10 @@ def test_a_vocabulary_costs_a_gradient_of_its_head():
 def test_a_pass_of_no_response_is_refused():
     with pytest.raises(ValueError, match="response_tokens=0 must be 1 to tokens=256"):
         planned(language(tiny.LLAMA), response_tokens=0)
+
+
+def test_a_model_that_looks_at_its_data_is_refused():
+    """Mixtures of experts in fp32 have no kernel that knows its shapes beforehand."""
+    sizes = "hidden_size=32&num_hidden_layers=2&num_attention_heads=4&num_key_value_heads=2&intermediate_size=64"
+    with pytest.raises(ValueError, match="MixtralForCausalLM does not run on tensors without data"):
+        planned(language(f"random://mixtral?{sizes}"))
