@@ -42,6 +42,7 @@ setup(
         "wandb>=0.31,<1",
         "tqdm>=4.70,<5",
         "psutil>=7.2,<8",
+        "packaging>=26,<27",
         "ninja>=1.13,<2",  # DeepSpeed compiles its operators when they are first used
     ],
     extras_require={

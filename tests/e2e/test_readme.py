@@ -95,6 +95,8 @@ def as_run(command: str) -> list[str]:
         words += SMALL[stage]
         if "gsm8k" in command:
             words += ["--data.train", "problems.jsonl", "--data.train_subset", "null"]
+    elif "doctor.py --config" in command:
+        words += SMALL["ppo"]
     return words
 
 
@@ -142,7 +144,8 @@ def test_a_command_of_the_readme_runs(command, folder):
         assert "quickstart: done in" in said
         return
     run(as_run(command), folder)
-    if output := re.search(r"--output_dir (\S+)", command):
+    if stage_of(command):
+        output = re.search(r"--output_dir (\S+)", command)
         assert (folder / output.group(1) / "metrics.jsonl").read_text()
 
 
@@ -186,6 +189,15 @@ def test_the_score_service_of_the_readme_answers(folder):
     finally:
         server.send_signal(signal.SIGINT)
         server.wait(timeout=30)
+
+
+def test_every_file_of_the_engine_is_in_the_tree():
+    (tree,) = (block for block in blocks("") if block.startswith("engine/"))
+    files = [path for folder in ("engine", "launch") for path in (ranks.ROOT / folder).rglob("*.py")]
+    missing = [path.name for path in files if path.name not in tree and path.name != "__init__.py"]
+    assert not missing
+    promised = set(re.findall(r"\b\w+\.py\b", tree))
+    assert promised <= {path.name for path in files}
 
 
 def test_what_is_run_elsewhere_is_in_the_readme():
