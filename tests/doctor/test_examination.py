@@ -77,7 +77,7 @@ def test_what_a_healthy_run_does_not_have_is_fine_where_it_has_it(run):
     port = server.server_address[1]
     adapter(run, target_modules=["q_proj"])
     run.set(reward__url=f"http://127.0.0.1:{port}", rollout__environment="engine.environments:SecondChance")
-    run.set(tracking__wandb="online")
+    run.set(tracking__wandb="online", zero_stage="auto")
     run.patch.setenv("WANDB_API_KEY", "0" * 40)
     run.patch.setenv("MASTER_ADDR", "127.0.0.1")
     run.hostfile("localhost slots=2\n")
