@@ -35,7 +35,7 @@ FREE = {
     *("output_dir", "resume", "checkpoint", "tracking", "num_iterations", "num_train_epochs", "eval_every"),
     *("micro_batch_size", "logits_chunk_tokens", "rollout.micro_batch_size", "rollout.weights"),
     *("max_skipped_steps", "distributed_timeout_s", "kl_guard", "reward.timeout_s", "reward.retries", "reward.url"),
-    *("evaluation.every", "evaluation.num_prompts", "evaluation.samples", "evaluation.metrics"),
+    *("evaluation.every", "evaluation.samples", "evaluation.metrics"),
     *("data.train", "data.eval", "data.chat_template", "pretraining.data.train", "pretraining.data.chat_template"),
 }
 FREE_OF_EVERY_ROLE = {"zero_stage", "ds_config", "gradient_checkpointing", "model_name_or_path"}

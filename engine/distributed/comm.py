@@ -54,7 +54,13 @@ def init_distributed(*, timeout_s: int = 1800) -> None:
             torch.set_num_threads(max(1, cores // ranks_here))
         _build_ops()
     else:
-        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+        seen, place = get_accelerator().device_count(), int(os.environ["LOCAL_RANK"])
+        if place >= seen:
+            raise ValueError(
+                f"Rank {place} of this node sees {seen} GPUs: start as many ranks as there are GPUs, under Slurm with "
+                f"--gpus-per-node, not --gpus-per-task or --gpu-bind."
+            )
+        get_accelerator().set_device(place)
     deepspeed.init_distributed(
         dist_backend="gloo" if get_accelerator().device_name() == "cpu" else "nccl",
         timeout=timedelta(seconds=timeout_s),

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 
 import deepspeed
 from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from torch import nn
 
 from engine.distributed import comm
@@ -77,7 +78,8 @@ def is_sharded(parameter: nn.Parameter) -> bool:
 
 @contextmanager
 def _unsharded(engine: DeepSpeedEngine) -> Iterator[None]:
-    zero3 = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+    owner = engine.optimizer  # of a frozen engine, the owner itself
+    zero3 = owner if isinstance(owner, DeepSpeedZeRoOffload) else owner.parameter_offload
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
         for hook in (*zero3.forward_hooks, *zero3.backward_hooks):
             hook.remove()

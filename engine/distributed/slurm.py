@@ -6,13 +6,14 @@ from collections.abc import Mapping
 
 def ranks_of_srun(told: Mapping[str, str]) -> dict[str, str]:
     """What `torchrun` would have set, from what a Slurm step sets: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
-    MASTER_ADDR and MASTER_PORT; the last two are kept where they are set. Empty outside a step. (A batch script is no
-    step: a plain `python` in it is one rank, and a launcher sets its own.)
+    MASTER_ADDR and MASTER_PORT; the last two are kept where they are set. Empty outside a step, in a step of one task,
+    and in a shell that `srun --pty` or `salloc` has opened: a plain `python` there is one rank, as in a batch script.
 
     Args:
         told: the environment; srun(1), OUTPUT ENVIRONMENT VARIABLES.
     """
-    if "SLURM_STEP_NUM_TASKS" not in told:
+    a_shell = "SLURM_PTY_PORT" in told or told.get("SLURM_JOB_NAME") == "interactive"
+    if a_shell or int(told.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
         return {}
     return {
         "RANK": told["SLURM_PROCID"],

@@ -22,7 +22,7 @@ class ProgressBar:
             shown: metrics, where an iteration has them.
         """
         self.total, self.shown = total, shown
-        on_terminal = sys.stderr.isatty()
+        on_terminal = sys.stderr.isatty() and sys.stdout.isatty()  # `| tee run.log` wants lines
         self.bar = tqdm(
             total=total, initial=done, desc="start", bar_format=FORM, dynamic_ncols=True, disable=not on_terminal
         )

@@ -198,7 +198,10 @@ class Evaluation:
             prompts = replace(prompts, columns=prompts.columns | {"conversations": conversations})
         for name, function in self.functions.items():
             with comm.same_error_everywhere():
-                mine = scores_of_function(function, prompts.texts, texts, prompts.columns, kind="evaluation metric")
+                given = (function, prompts.texts, texts, prompts.columns)
+                mine = scores_of_function(
+                    *given, timeout_s=self.trainer.config.reward.timeout_s, kind="evaluation metric"
+                )
             found[f"eval/{name}"] = comm.concatenated(mine.to(comm.device())).mean().item()
         return found
 

@@ -7,9 +7,9 @@ import torch
 
 SMALLER = {
     "generate": "--rollout.micro_batch_size, or set --rollout.weights sharded",
-    "score": "--micro_batch_size or --logits_chunk_tokens",
+    "score": "--micro_batch_size or --logits_chunk_tokens, or set --rollout.weights sharded",
     "train": "--micro_batch_size or --logits_chunk_tokens, or set --actor.gradient_checkpointing true",
-    "evaluate": "--rollout.micro_batch_size, --micro_batch_size or --logits_chunk_tokens",
+    "evaluate": "--rollout.micro_batch_size or --micro_batch_size, or set --rollout.weights sharded",
 }
 
 

@@ -142,7 +142,12 @@ class DeepSpeedPPOTrainer:
             if view is not None:
                 tracker.token_view(self.progress.iteration, view)
             self._tell(metrics, tracker)
-            self.evaluation.after(self.progress.iteration, tracker, last=self.progress.iteration == num_iterations)
+            try:
+                self.evaluation.after(self.progress.iteration, tracker, last=self.progress.iteration == num_iterations)
+            except ValueError:  # on every rank: a metric or a source of scores; what has been trained is kept
+                if checkpoints is not None:
+                    checkpoints.save(self.progress.iteration, self.snapshot, tracker)
+                raise
             if checkpoints is not None:
                 checkpoints.after(self.progress.iteration, self.snapshot, tracker)
         return True

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import ranks
 
 from engine.distributed.slurm import first_host, ranks_of_srun
 
@@ -55,7 +56,10 @@ def test_a_task_is_told_who_it_is():
     }
 
 
-def test_a_batch_script_is_no_step():
+def test_what_is_no_rank_of_a_step():
+    """A batch script; a shell that srun has opened, whatever tasks it asked for; a step of one task."""
+    for shell in ({"SLURM_PTY_PORT": "40000"}, {"SLURM_JOB_NAME": "interactive"}, {"SLURM_STEP_NUM_TASKS": "1"}):
+        assert ranks_of_srun(STEP | shell) == {}
     batch = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "16", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
     assert ranks_of_srun(batch) == {}
 
@@ -74,19 +78,23 @@ def test_two_tasks_of_a_step_are_two_ranks_of_one_run():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    plain = {
-        name: v for name, v in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
-    }
+    launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
+    plain = {name: value for name, value in (os.environ | ranks.OFFLINE).items() if name not in launched}
     here = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "localhost"}
     here |= {"SLURM_NODEID": "0", "MASTER_PORT": str(port)}
     tasks = [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM],
             env=plain | STEP | here | {"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)},
+            cwd=ranks.ROOT,
             stdout=subprocess.PIPE,
             text=True,
         )
         for number in range(2)
     ]
-    said = [task.communicate(timeout=300)[0].split("\n")[-2] for task in tasks]
+    try:
+        said = [task.communicate(timeout=300)[0].split("\n")[-2] for task in tasks]
+    finally:
+        for task in tasks:
+            task.kill()
     assert said == ["0 2 True 3", "1 2 False 3"]

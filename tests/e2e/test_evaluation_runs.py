@@ -27,6 +27,15 @@ def letters(prompts, responses, number, **columns):
     random.random(), torch.rand(3)  # code of others draws what it likes
     return [len(response) + 100 * row for response, row in zip(responses, number, strict=True)]
 
+calls = 0
+
+def breaks_later(prompts, responses, number, **columns):
+    global calls
+    calls += 1
+    if calls > 1:
+        raise KeyError("no gold answer")
+    return [0.0] * len(responses)
+
 def breaks(prompts, responses, number, **columns):
     if 4 in number:
         raise KeyError("no gold answer")
@@ -154,7 +163,8 @@ def test_a_run_that_goes_on_has_the_rows_of_one_that_never_stopped(run_ranks, tm
 
 def test_a_run_that_goes_back_has_every_evaluation_once(run_ranks, tmp_path):
     guard = dict(kl_guard__max_kl=0.5, kl_guard__roll_backs=30, kl_guard__factor=0.1, checkpoint__every=1)
-    given = dict(actor__learning_rate=5e-3, kl_coef=0.0, num_iterations=5, evaluation__every=1)
+    given = dict(actor__learning_rate=5e-3, actor__adam_epsilon=1e-8, kl_coef=0.0, num_iterations=5)
+    given |= dict(evaluation__every=1)
     found = run_ranks(go, with_evaluation(tmp_path, **guard, **given))[0]
     assert "rolled back" in (Path(tmp_path) / "out" / "warnings.jsonl").read_text()
     assert [row["iteration"] for row in found["evaluation"]] == [0, 1, 2, 3, 4, 5]
@@ -218,3 +228,14 @@ def test_a_metric_that_fails_on_one_rank_is_one_error_on_all(run_ranks, tmp_path
         run_ranks(go, config)
     said = "ValueError: on rank 1 of 2: the evaluation metric breaks raised KeyError: 'no gold answer' ("
     assert str(told.value).count(said) >= 2 and "my_metrics.py, line" in str(told.value)
+
+
+def test_a_metric_that_fails_after_an_iteration_costs_none(run_ranks, tmp_path, plain):
+    """What has been trained is saved, and goes on with another metric to where it would have come."""
+    config = with_evaluation(tmp_path)
+    breaking = tiny.changed(config, evaluation__metrics=[f"{tmp_path / 'my_metrics.py'}:breaks_later"])
+    with pytest.raises(RankFailed, match="the evaluation metric breaks_later raised KeyError"):
+        run_ranks(go, breaking)
+    assert [folder.name for folder in (tmp_path / "out/checkpoints").iterdir()] == ["iteration_000002"]
+    found = run_ranks(go, tiny.changed(config, resume="auto"))[0]
+    assert found["actor"] == plain["actor"] and found["metrics"] == plain["metrics"]
