@@ -4,6 +4,7 @@ SFT, reward models and DPO around it.
 The public names are imported on first use, so that `import engine` stays cheap and never pulls in deepspeed.
 """
 
+import logging
 from importlib import import_module
 
 _HOMES = {
@@ -17,6 +18,9 @@ _HOMES = {
     "SupervisedTrainer": "engine.trainers.supervised_trainer",
 }
 __all__ = sorted(_HOMES)
+
+# bitsandbytes 0.50 warns, whenever it is imported, of a faster kernel that is not installed.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str):

@@ -141,8 +141,7 @@ def exchange(prompt: Prompt | None, answer: Any) -> tuple[Prompt, str]:
         return before + marker, response
     if not is_answered(answer):
         raise ValueError(
-            f"a response is a string or a list of messages that ends with the assistant's, this is "
-            f"{str(answer)[:80]!r}."
+            f"a response is a string or a list of messages that ends with the assistant's, this is {repr(answer)[:80]}."
         )
     *before, last = answer
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []

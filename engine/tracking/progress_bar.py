@@ -43,7 +43,9 @@ class ProgressBar:
             return
         seconds = [value for name, value in metrics.items() if name.startswith("time/")]
         took = [f"{sum(seconds):.2f} s"] if seconds else []
-        left = [f"{self._left(iteration)} left"] if iteration > self.counted_from else []
+        left = [f"{self._left(iteration)} left"] if self.since is not None else []
+        if self.since is None:  # what comes before the first iteration's end comes once
+            self.counted_from, self.since = iteration, monotonic()
         print("  ".join([f"iteration {iteration}/{self.total}", *said, *took, *speed, *left]), flush=True)
 
     def go_back_to(self, iteration: int) -> None:
@@ -64,7 +66,7 @@ class ProgressBar:
         self.bar.close()
 
     def _count_from(self, iteration: int) -> None:
-        self.counted_from, self.since = iteration, monotonic()
+        self.counted_from, self.since = iteration, None
 
     def _left(self, iteration: int) -> str:
         per_iteration = (monotonic() - self.since) / (iteration - self.counted_from)

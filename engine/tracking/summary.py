@@ -9,7 +9,7 @@ from engine.config import DPOConfig, PPOConfig, RewardModelConfig, SFTConfig, Su
 from engine.tracking.files import rows_of
 
 STAGES = {PPOConfig: "PPO", SFTConfig: "SFT", RewardModelConfig: "reward-model training", DPOConfig: "DPO"}
-EVALUATED = ("eval/score_mean", "eval/win_rate")
+LESS_TELLING = ("eval/score_std", "eval/kl_ref_mean", "eval/length_mean", "eval/eos_fraction")
 
 
 def summary(
@@ -31,7 +31,8 @@ def summary(
     else:
         began = f"Done: {done} {unit} of {STAGES[type(config)]} on {trained}"
     told = {name: _first_to_last(metrics, name) for name in shown}
-    told |= {name: _first_to_last(evaluation, name) for name in EVALUATED}
+    evaluated = [name for name in (evaluation[-1] if evaluation else {}) if name not in ("iteration", *LESS_TELLING)]
+    told |= {name: _first_to_last(evaluation, name) for name in evaluated}
     warnings = rows_of(out / "warnings.jsonl")
     told["warnings"] = f"{len(warnings)}, in {out}/warnings.jsonl" if warnings else "none"
     if done < of:

@@ -110,6 +110,8 @@ class Tracker:
         """
         if not self.is_main:
             return
+        said = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        self.bar.say(f"evaluation after iteration {iteration}: {said}")
         self._write("evaluation", [{"iteration": iteration, **metrics}])
         self._write("evaluation_samples", [{"iteration": iteration, **row} for row in samples])
         self.wandb.log(iteration, metrics, tables={"samples/evaluation": samples}, histograms={})

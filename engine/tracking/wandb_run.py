@@ -96,7 +96,7 @@ class WandbRun:
             settings=wandb.Settings(silent=True, **TIMES),
         )
         self.id = self.run.id
-        self.where = self.run.url if mode == "online" else f"wandb sync {Path(self.run.dir).parent}"
+        self.where = self.run.url if mode == "online" else f"wandb sync {output_dir}/wandb/offline-run-*"
         self.run.define_metric("iteration", hidden=True)
         self.run.define_metric("*", step_metric="iteration")
 
