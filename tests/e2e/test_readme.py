@@ -33,9 +33,9 @@ MODELS = {
 FEW = ["--num_iterations", "1", "--tracking.wandb", "disabled", "--micro_batch_size", "2", "--minibatch_size", "8"]
 FEW += ["--data.max_prompt_tokens", "96"]
 SMALL = {
-    "sft": [*FEW, "--data.max_length", "160"],
-    "reward": [*FEW, "--data.max_length", "160"],
-    "dpo": [*FEW, "--data.max_length", "160"],
+    "sft": [*FEW, "--data.max_length", "120"],
+    "reward": [*FEW, "--data.max_length", "120"],
+    "dpo": [*FEW, "--data.max_length", "120"],
     "ppo": [*FEW, "--rollout_batch_size", "8", "--rollout.max_response_tokens", "8"],
 }
 
