@@ -102,7 +102,7 @@ def test_states_in_16_bits(run_ranks, tmp_path, kind):
 class Metrics(runs.Log):
     """A log that keeps what differs from run to run."""
 
-    def log(self, iteration, metrics, samples):
+    def log(self, iteration, metrics, samples, histograms=None):
         self.metrics.append(metrics)
 
 
