@@ -251,12 +251,13 @@ def _ways_out(planner: Planner, machine: Machine, fixed: Mapping[str, Path]) -> 
     changes[f"{fewer} {halved.max_response_tokens} (half the tokens)"] = {"rollout": halved, "data": prompts}
     if not config.actor.has_adapter:
         lora = SteadyLoRAConfig(r=16)
-        names = " ".join(f"--{role}.lora.r 16" for role in sorted(trained)) + " (LoRA)"
+        names = " ".join(f"--{role}.lora.r 16" for role in sorted(trained))
         change = {role: replace(getattr(config, role), lora=lora) for role in trained}
-        no_model = replace(config.ref, zero_stage=None, ds_config=None, quantization=None)
-        if config.ref.model_name_or_path is None and config.ref != no_model:  # the ref is then the actor
-            names, change = f"{names} and no other setting of ref", change | {"ref": no_model}
-        changes[names] = change
+        set_of_ref = [name for name in ("zero_stage", "ds_config", "quantization") if getattr(config.ref, name)]
+        if config.ref.model_name_or_path is None and set_of_ref:  # the ref is then the actor, with nothing of its own
+            change["ref"] = replace(config.ref, **dict.fromkeys(set_of_ref))
+            names += f" without {' and '.join(f'ref.{name}' for name in set_of_ref)}"
+        changes[f"{names} (LoRA)"] = change
     for names, change in changes.items():
         changed = Planner.of(replace(config, **change), device=planner.device)
         fits = _chosen(changed, machine, fixed, sizes="smallest") is not None
