@@ -10,6 +10,7 @@ import yaml
 
 from engine.config import DemonstrationDataConfig, FrozenRoleConfig, SFTConfig, TrackingConfig, as_dict
 from engine.tracking import Tracker
+from engine.tracking.summary import written_plan
 
 OFF = TrackingConfig(wandb="disabled")
 METRICS = {
@@ -130,6 +131,12 @@ def test_a_folder_that_cannot_be_written_to_is_a_readable_error(tmp_path):
     (tmp_path / "out" / "config.yaml").mkdir(parents=True)
     with pytest.raises(ValueError, match="cannot be written to"):
         tracker(tmp_path / "out")
+
+
+@pytest.mark.parametrize("text", ["", '{"peak_bytes"', "[]", '{"phases": {}}', "\x00"])
+def test_a_memory_plan_that_cannot_be_read_is_none(tmp_path, text):
+    (tmp_path / "memory_plan.json").write_text(text)
+    assert written_plan(tmp_path) is None
 
 
 def test_other_ranks_write_nothing(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,19 @@ def write_prompts(folder: Path, prompts: list[str] | None = None) -> str:
     path = Path(folder) / "prompts.jsonl"
     rows = [{"prompt": text, "number": number} for number, text in enumerate(PROMPTS if prompts is None else prompts)]
     return write_rows(path, rows)
+
+
+def downloaded(name: str, cache: Path) -> Path:
+    """A hub model's folder in the hub's cache, with the tiny Llama's config."""
+    from engine.models.random_init import local_name
+
+    of_model = cache / f"models--{name.replace('/', '--')}"
+    folder = of_model / "snapshots" / "c0ffee"
+    folder.mkdir(parents=True)
+    shutil.copy(Path(local_name(LLAMA)) / "config.json", folder)
+    (of_model / "refs").mkdir()
+    (of_model / "refs" / "main").write_text(folder.name)
+    return folder
 
 
 def ppo_config(folder: Path, *, model: str = LLAMA, prompts: list[str] | None = None, **overrides: Any) -> PPOConfig:

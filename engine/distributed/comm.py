@@ -49,9 +49,8 @@ def init_distributed(*, timeout_s: int = 1800) -> None:
         os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if get_accelerator().device_name() == "cpu":
         if "OMP_NUM_THREADS" not in os.environ:
-            ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])))
             cores = psutil.cpu_count(logical=False) or psutil.cpu_count()
-            torch.set_num_threads(max(1, cores // ranks_here))
+            torch.set_num_threads(max(1, cores // ranks_on_node()))
         _build_ops()
     else:
         seen, place = get_accelerator().device_count(), int(os.environ["LOCAL_RANK"])
@@ -108,6 +107,11 @@ def is_first_on_node() -> bool:
     return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
+def ranks_on_node() -> int:
+    """How many ranks this one's machine has, as torchrun or DeepSpeed's launcher says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ.get("WORLD_SIZE", 1))))
+
+
 def device() -> torch.device:
     """Where this rank's models and tensors live."""
     return torch.device(get_accelerator().current_device_name())
@@ -131,7 +135,12 @@ def free_memory() -> int:
     """
     if device().type == "cuda":
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return psutil.virtual_memory().available // world_size()
+    return free_host_memory() // ranks_on_node()
+
+
+def free_host_memory() -> int:
+    """Bytes of this rank's machine, for all its ranks."""
+    return psutil.virtual_memory().available
 
 
 def barrier() -> None:

@@ -66,14 +66,19 @@ class Machine:
         return plan.peak_bytes <= (1 - MARGIN) * self.device_memory and on_host
 
 
-def recommendation(planner: Planner, machine: Machine, *, fixed: Mapping[str, Path] | None = None) -> Recommendation:
+def recommendation(
+    planner: Planner, machine: Machine, *, fixed: Mapping[str, Path] | None = None, sizes_stay: bool = False
+) -> Recommendation:
     """The cheapest sharding of each role that fits.
 
     Args:
         fixed: files of roles that are not to be chosen.
+        sizes_stay: rather shard and offload than change the config's sizes; others come where there is no way with
+            those.
     """
     fixed = fixed or {}
-    chosen = _chosen(planner, machine, fixed)
+    chosen = _chosen(planner, machine, fixed, sizes="as set") if sizes_stay else None
+    chosen = chosen or _chosen(planner, machine, fixed, sizes="halved")
     if chosen is not None:
         reasons = _reasons(*chosen, planner.config, machine, fixed)
         return Recommendation(chosen.plan, chosen.sizes, chosen.planner.config.rollout.weights, tuple(reasons))
@@ -101,14 +106,17 @@ class _Chosen(NamedTuple):
     sizes: Sizes
 
 
-def _chosen(planner: Planner, machine: Machine, fixed: Mapping[str, Path], *, quickly: bool = False) -> _Chosen | None:
+def _chosen(
+    planner: Planner, machine: Machine, fixed: Mapping[str, Path], *, sizes: Literal["as set", "smallest", "halved"]
+) -> _Chosen | None:
     """The cheapest that fits: rather with smaller micro-batches, then from sharded weights, then offloaded.
 
     Args:
-        quickly: only with micro-batches as they are set, or of one row.
+        sizes: what is tried besides micro-batches as they are set: nothing, those of one row, or all halves.
     """
     as_set = Sizes.of(planner.config, world_size=machine.world_size)
-    several = dict.fromkeys([as_set, _smallest(as_set)] if quickly else [as_set, *_smaller(as_set)])
+    others = {"as set": [], "smallest": [_smallest(as_set)], "halved": _smaller(as_set)}[sizes]
+    several = dict.fromkeys([as_set, *others])
     for offloaded, generating in product((False, True), (planner, _generating_sharded(planner))):
         for sizes in several:
             limit = (1 - MARGIN) * machine.device_memory
@@ -143,6 +151,8 @@ def _plans(
         costs = dict(TRAINED if role.trained else FROZEN)
         if role.trained and role.dtype.itemsize < 4:
             del costs["zero0"]  # it runs as stage 1
+        if planner.device == "cpu":  # where offloading frees nothing: the host's memory is the device's
+            costs = {name: cost for name, cost in costs.items() if not _offloads(Path(name))}
         files = {DS_CONFIGS / f"{name}.json": cost for name, cost in costs.items()}
         options[role.name] = {fixed[role.name]: 0} if role.name in fixed else files
         for file in options[role.name]:
@@ -242,14 +252,19 @@ def _ways_out(planner: Planner, machine: Machine, fixed: Mapping[str, Path]) -> 
     if not config.actor.has_adapter:
         lora = SteadyLoRAConfig(r=16)
         names = " ".join(f"--{role}.lora.r 16" for role in sorted(trained))
-        changes[f"{names} (LoRA)"] = {role: replace(getattr(config, role), lora=lora) for role in trained}
+        change = {role: replace(getattr(config, role), lora=lora) for role in trained}
+        set_of_ref = [name for name in ("zero_stage", "ds_config", "quantization") if getattr(config.ref, name)]
+        if config.ref.model_name_or_path is None and set_of_ref:  # the ref is then the actor, with nothing of its own
+            change["ref"] = replace(config.ref, **dict.fromkeys(set_of_ref))
+            names += f" without {' and '.join(f'ref.{name}' for name in set_of_ref)}"
+        changes[f"{names} (LoRA)"] = change
     for names, change in changes.items():
         changed = Planner.of(replace(config, **change), device=planner.device)
-        fits = _chosen(changed, machine, fixed, quickly=True) is not None
+        fits = _chosen(changed, machine, fixed, sizes="smallest") is not None
         yield f"It would fit with {names}." if fits else f"It would not fit with {names} alone."
     size = 2 * machine.world_size
     while size <= MORE_GPUS:
-        if _chosen(planner, replace(machine, world_size=size), fixed, quickly=True) is not None:
+        if _chosen(planner, replace(machine, world_size=size), fixed, sizes="smallest") is not None:
             yield f"It would fit on {size} such GPUs."
             return
         size *= 2

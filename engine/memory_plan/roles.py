@@ -16,6 +16,7 @@ from engine.config import PPOConfig
 from engine.memory_plan.model_shapes import model_config
 from engine.memory_plan.passes import PassPeak, pass_peak
 from engine.models.language_model import LanguageModel
+from engine.models.loading import switch_dropout_off
 from engine.models.lora import ADAPTER, LINEAR, REWARD_ADAPTER, add_adapter, is_adapter, with_adapter
 from engine.models.quantization import BLOCK
 from engine.models.scalar_head import ScalarHeadModel
@@ -141,13 +142,20 @@ def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def _language_model(model: PreTrainedConfig) -> LanguageModel:
-    return LanguageModel(AutoModelForCausalLM.from_config(model))
+    return LanguageModel(AutoModelForCausalLM.from_config(_as_loaded(model)))
 
 
 def _scalar_model(model: PreTrainedConfig) -> ScalarHeadModel:
-    model = copy.deepcopy(model)
+    model = _as_loaded(model)
     model.num_labels = 1
     return ScalarHeadModel(AutoModelForSequenceClassification.from_config(model))
+
+
+def _as_loaded(model: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy with dropout off, as `load_pretrained` has it."""
+    model = copy.deepcopy(model)
+    switch_dropout_off(model)
+    return model
 
 
 def _trunk(config: PPOConfig, model: PreTrainedConfig) -> SharedTrunk:

@@ -92,7 +92,7 @@ def load_pretrained(
         ValueError: there is no such model, it is not of this class, or it cannot be quantised here.
     """
     folder, config = _found(model_name_or_path), model_config(model_name_or_path, **overrides)
-    saved_architectures, dropout = config.architectures, _switch_dropout_off(config)
+    saved_architectures, dropout = config.architectures, switch_dropout_off(config)
     given = {"quantization_config": quantization_config(quantization, dtype=dtype)} if quantization else {}
     try:
         with _quiet_transformers():
@@ -219,7 +219,12 @@ def _found(model_name_or_path: str) -> str:
     return str(Path(folder).expanduser()) if looks_local else folder
 
 
-def _switch_dropout_off(config: PreTrainedConfig) -> dict[str, float]:
+def switch_dropout_off(config: PreTrainedConfig) -> dict[str, float]:
+    """Set every dropout of a config to 0.
+
+    Returns:
+        What they were, by name.
+    """
     names = [name for name in config.to_dict() if "dropout" in name or "pdrop" in name or name == "layerdrop"]
     before = {name: getattr(config, name) for name in names if isinstance(getattr(config, name, None), float)}
     for name in before:

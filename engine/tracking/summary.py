@@ -10,6 +10,7 @@ from engine.tracking.files import rows_of
 
 STAGES = {PPOConfig: "PPO", SFTConfig: "SFT", RewardModelConfig: "reward-model training", DPOConfig: "DPO"}
 LESS_TELLING = ("eval/score_std", "eval/kl_ref_mean", "eval/length_mean", "eval/eos_fraction")
+PLAN = "memory_plan.json"
 
 
 def summary(
@@ -45,10 +46,18 @@ def summary(
     return "\n".join([began, *(f"  {name:<22}{said}" for name, said in told.items() if said)])
 
 
-def memory_plan(output_dir: Path) -> dict[str, Any] | None:
-    """What the run was predicted to need, where that was asked; see `memory_plan.json`."""
-    path = output_dir / "memory_plan.json"
-    return json.loads(path.read_text()) if path.exists() else None
+def written_plan(output_dir: Path) -> dict[str, Any] | None:
+    """What the run was predicted to need: `memory_plan.json`, where there is one and it can be read."""
+    try:
+        plan = json.loads((output_dir / PLAN).read_text())
+    except (OSError, ValueError):
+        return None
+    return plan if isinstance(plan, dict) and isinstance(plan.get("peak_bytes"), int | float) else None
+
+
+def remove_plan(output_dir: Path) -> None:
+    """That of an earlier run, for one that makes none."""
+    (output_dir / PLAN).unlink(missing_ok=True)
 
 
 def _first_to_last(rows: list[dict[str, Any]], name: str) -> str | None:

@@ -11,7 +11,7 @@ from engine.config import PPOConfig, SupervisedConfig, as_dict
 from engine.config.secrets import shown as shown_settings
 from engine.tracking.files import FILES, as_line, cut_after, set_aside
 from engine.tracking.progress_bar import ProgressBar
-from engine.tracking.summary import memory_plan, summary
+from engine.tracking.summary import summary, written_plan
 from engine.tracking.versions import write_versions
 from engine.tracking.wandb_run import WandbRun
 
@@ -64,7 +64,7 @@ class Tracker:
         except OSError as error:
             raise ValueError(f"output_dir={self.output_dir} cannot be written to: {error}") from error
         self.bar = ProgressBar(num_iterations, done=resumed_at, shown=shown)
-        told = run_config | {"git_commit": made_with["git_commit"], "memory_plan": memory_plan(self.output_dir)}
+        told = run_config | {"git_commit": made_with["git_commit"], "memory_plan": written_plan(self.output_dir)}
         self.wandb = WandbRun(self.output_dir, config.tracking, told, wandb_id)
 
     @property

@@ -14,7 +14,7 @@ from engine.distributed.initialize import (
     stage_of,
 )
 from engine.rlhf_engine import DeepSpeedRLHFEngine
-from engine.tracking.summary import STAGES, memory_plan
+from engine.tracking.summary import STAGES, written_plan
 
 COLUMNS = "  {:<8}{:>12}{:>9}{:>6}  {:<10}{:>12}"
 
@@ -82,6 +82,6 @@ def _minibatch(config: PPOConfig | SupervisedConfig, rows: str) -> str:
 
 
 def _places(config: PPOConfig | SupervisedConfig) -> Iterator[str]:
-    if plan := memory_plan(Path(config.output_dir)):
+    if plan := written_plan(Path(config.output_dir)):
         yield f"  plan      a peak of {plan['peak_bytes'] / 2**30:.2f} GiB a rank"
     yield f"  output    {config.output_dir}"

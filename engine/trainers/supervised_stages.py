@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
@@ -21,6 +22,7 @@ from engine.models.scalar_head import load_scalar_head, scoring_pad_token_id
 from engine.rollout.self_check import check_language_model
 from engine.supervised_engine import supervised_engine
 from engine.tracking import Tracker
+from engine.tracking.summary import remove_plan
 from engine.trainers.banner import print_banner, supervised_banner
 from engine.trainers.checkpoints import Checkpoints
 from engine.trainers.objectives import BradleyTerry, DirectPreference, NextToken, Objective
@@ -58,6 +60,8 @@ class Stage:
         checkpoints = Checkpoints(config, trained, contents=self.contents, **heard)
         given = dict(num_iterations=self.num_iterations, is_main=comm.is_main(), shown=shown)
         self.trainer.on_phase = this_run.tell
+        if comm.is_main():
+            remove_plan(Path(config.output_dir))
         print_banner(supervised_banner(config, self.model, self.num_iterations))
         tracker = checkpoints.go_on(self.trainer, self.num_iterations, partial(Tracker, config, **given))
         this_run.listeners.append(tracker.phase)

@@ -173,6 +173,16 @@ def test_a_ref_that_does_not_read_the_models_tokens_is_refused(run_ranks, tmp_pa
         assert message.startswith("ValueError: The ref")
 
 
+def test_the_memory_plan_of_an_earlier_run_is_neither_shown_nor_kept(run_ranks, tmp_path):
+    config = tiny.stage_config(tmp_path, "sft", num_iterations=1)
+    plan = Path(config.output_dir) / "memory_plan.json"
+    plan.parent.mkdir()
+    plan.write_text('{"peak_bytes": 1073741824}')
+    (said, _) = run_ranks(stages.script, "sft", config)
+    assert "SFT: 1 steps" in said["printed"] and "a peak of" not in said["printed"]
+    assert not plan.exists()
+
+
 def test_a_run_whose_numbers_are_not_finite_leaves_no_model(run_ranks, tmp_path):
     config = tiny.stage_config(tmp_path, "sft", learning_rate=1e30, num_iterations=3, max_skipped_steps=1)
     with pytest.raises(ranks.RankFailed, match="not finite"):

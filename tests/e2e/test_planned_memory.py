@@ -11,7 +11,8 @@ import tiny
 import torch
 
 from engine.config import SteadyLoRAConfig, as_dict
-from engine.memory_plan import memory_plan, planned_peak_gib, with_stages_chosen
+from engine.distributed import comm
+from engine.memory_plan import Machine, automatic, memory_plan, planned_peak_gib, with_stages_chosen
 
 KINDS = (0, 1, 2, "strict")
 SEVERAL = dict(minibatch_size=8, micro_batch_size=1)  # micro-batches to a step, so that gradients add up
@@ -102,7 +103,7 @@ def test_states_in_16_bits(run_ranks, tmp_path, kind):
 class Metrics(runs.Log):
     """A log that keeps what differs from run to run."""
 
-    def log(self, iteration, metrics, samples):
+    def log(self, iteration, metrics, samples, histograms=None):
         self.metrics.append(metrics)
 
 
@@ -126,8 +127,38 @@ def test_stages_are_chosen_alike_and_the_plan_is_kept_beside_what_was_taken(run_
     assert "actor: ZeRO 0, since" in printed and "critic: zero2, as the config says." in printed
     assert printed.count("Memory at the peak: ") == 1 and "Memory" not in silent
     written = json.loads((Path(config.output_dir) / "memory_plan.json").read_text())
+    assert not list(Path(config.output_dir).glob("*.partial"))
     assert written["world_size"] == 2 and written["roles"]["critic"]["zero_stage"] == 2
     assert [row["memory/planned_gib"] for row in metrics] == [written["peak_bytes"] / 2**30] * 2
+
+
+def on_two_nodes(config, folder):
+    """What is chosen, and from what: ranks on machines of their own, whose actor comes from the hub."""
+    mine, asked = comm.rank(), []
+    choose = automatic._settings
+
+    def listening(config, machine, **given):
+        asked.append(machine)
+        return choose(config, machine, **given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        cache = folder / f"hub{mine}"
+        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+        patch.setattr("engine.models.loading.cached_file", lambda name, file: str(tiny.downloaded(name, cache) / file))
+        patch.setattr(comm, "free_host_memory", lambda: (9 - mine) * 2**30)
+        patch.setenv("LOCAL_WORLD_SIZE", "1")
+        patch.setattr(automatic, "_settings", listening)
+        chosen = with_stages_chosen(config)
+    return as_dict(chosen), asked, cache.is_dir()
+
+
+def test_the_smallest_machine_decides_and_every_machine_has_the_configs(run_ranks, tmp_path):
+    config = tiny.ppo_config(tmp_path, zero_stage="auto", critic__model_name_or_path="nobody/knows")
+    (first, [machine], fetched), (second, none, fetched_too) = run_ranks(on_two_nodes, config, tmp_path)
+    size = 8 * 2**30
+    assert machine == Machine(world_size=2, device_memory=size, host_memory=size, ranks_per_node=1)
+    assert first == second and first["critic"]["zero_stage"] == 0 and none == []
+    assert fetched and fetched_too
 
 
 def unplanned(config):
@@ -139,6 +170,9 @@ def unplanned(config):
 
 def test_a_plan_that_cannot_be_made_is_a_line(run_ranks, tmp_path):
     config = tiny.ppo_config(tmp_path, critic__model_name_or_path="nobody/knows")
+    of_another_run = Path(config.output_dir) / "memory_plan.json"
+    of_another_run.parent.mkdir()
+    of_another_run.write_text("{}")
     (first, printed), (second, _) = run_ranks(unplanned, config)
-    assert first is second is None
+    assert first is second is None and not of_another_run.exists()
     assert printed.startswith("No memory plan: ValueError: The sizes of nobody/knows are not known here")

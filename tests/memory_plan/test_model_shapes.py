@@ -5,7 +5,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-from engine.memory_plan.model_shapes import known_models, model_config
+from engine.memory_plan.model_shapes import fetch_config, known_models, model_config
 
 # What the published checkpoints hold, tied weights once.
 PARAMETERS = {
@@ -32,6 +32,27 @@ def test_every_bundled_file_is_checked_above():
 
 def test_a_random_model_and_a_folder_say_their_own_sizes():
     assert model_config(tiny.LLAMA).hidden_size == 32
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache of the hub's files."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def test_what_was_downloaded_of_a_model_wins_over_what_is_known(cache):
+    assert model_config("mine/Qwen2.5-0.5B").hidden_size == 896
+    tiny.downloaded("mine/Qwen2.5-0.5B", cache)
+    assert model_config("mine/Qwen2.5-0.5B").hidden_size == 32
+
+
+def test_the_config_of_a_model_that_is_not_here_is_fetched(cache, monkeypatch):
+    monkeypatch.setattr(
+        "engine.models.loading.cached_file", lambda name, file: str(tiny.downloaded(name, cache) / file)
+    )
+    fetch_config("nobody/knows-7b")
+    assert model_config("nobody/knows-7b").hidden_size == 32
 
 
 def test_an_unknown_name_is_told_what_is_known():

@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from engine.algorithms.logprobs import chunked_full_kl, chunked_full_kl_sum
 from engine.data.sequences import Sequences
 from engine.memory_plan.passes import PassPeak, pass_peak
+from engine.memory_plan.roles import roles_of
 from engine.models.language_model import load_language_model
 from engine.models.lora import with_adapter
 from engine.models.modes import checkpoint_activations
@@ -119,6 +120,13 @@ def test_an_adapter_takes_what_was_planned():
     form = dict(seed=0, r=4, alpha=8, dropout=0.0, target_modules=None)
     build = functools.partial(with_adapter, language(name_of("llama")), **form)
     assert_close(planned(build), really(build))
+
+
+def test_a_role_takes_what_its_model_takes_as_the_engine_loads_it(tmp_path):
+    """GPT-2's own dropout is not off, and would keep a mask of every activation."""
+    actor = roles_of(tiny.ppo_config(tmp_path, model=name_of("gpt2")), dtype=torch.float32)[0]
+    sizes = dict(tokens=TOKENS, rows=ROWS, response_tokens=RESPONSE, logits_chunk_tokens=CHUNK)
+    assert_close(actor.pass_peak(**sizes, trained=True), really(language(name_of("gpt2"))))
 
 
 @pytest.mark.parametrize("layers", [6, 9])

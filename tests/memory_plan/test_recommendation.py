@@ -1,13 +1,14 @@
 """What is recommended for models of 1.5, 8 and 70 billion weights, and what is said where nothing fits."""
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 import tiny
 
-from engine.config import PPOConfig
+from engine.config import DS_CONFIGS, PPOConfig
 from engine.memory_plan import Machine, Planner, as_table, recommendation
 from engine.memory_plan.automatic import _settings
 
@@ -87,6 +88,29 @@ def test_auto_sets_stages_of_roles_that_have_none_and_refuses_what_does_not_fit(
     )
     with pytest.raises(ValueError, match=r"(?s)zero_stage=auto finds no way.*Nothing fits"):
         _settings(config, Machine(world_size=2, device_memory=1000), device="cpu")
+
+
+def test_auto_offloads_rather_than_change_sizes_and_names_others_where_the_host_is_small(tmp_path):
+    config = config_of("llama-3.1-8b", tmp_path, zero_stage="auto")
+    machine = Machine(world_size=8, device_memory=48 * GIB, host_memory=1000 * GIB)
+    chosen = _settings(config, machine, device="cuda")
+    assert chosen["critic"] == {"ds_config": str(DS_CONFIGS / "zero3_offload.json")}
+    assert chosen["actor"] == {"zero_stage": 3} and chosen["rollout"] == {"weights": "gathered"}
+    with pytest.raises(ValueError, match=r"(?s)finds no way for this run as it is set.*Set --micro_batch_size 1 "):
+        _settings(config, replace(machine, host_memory=18 * GIB), device="cuda")
+
+
+def test_nothing_is_offloaded_from_a_cpu(tmp_path):
+    config, machine = tiny.ppo_config(tmp_path, zero_stage="auto"), Machine(world_size=2, device_memory=1500 * 2**10)
+    assert "ds_config" in _settings(config, machine, device="cuda")["actor"]
+    with pytest.raises(ValueError, match="Nothing fits"):
+        _settings(config, machine, device="cpu")
+
+
+def test_with_adapters_a_ref_has_no_settings_of_its_own(tmp_path):
+    planner = Planner.of(tiny.ppo_config(tmp_path, ref__zero_stage=3), device="cpu")
+    said = "\n".join(recommendation(planner, Machine(world_size=1, device_memory=1000)).reasons)
+    assert "--actor.lora.r 16 --critic.lora.r 16 without ref.zero_stage (LoRA)" in said
 
 
 def test_a_plan_is_readable_and_can_be_written(recommended):
