@@ -11,13 +11,15 @@ from http.server import ThreadingHTTPServer
 import pytest
 import ranks
 import tiny
-from planted import Run
+from deepspeed.launcher.runner import fetch_hostfile
+from planted import HELD_OUT, Run
 from spoilt_configs import OF_CONFIGS, adapter, full_disk
 from spoilt_machines import OF_MACHINES
 
-from engine.doctor import examination, folders, network
+from engine.doctor import data, examination, folders, models, network
 from engine.doctor.examination import OF_A_CONFIG, OF_THE_MACHINE, examine
 from engine.doctor.findings import Finding, failed, ok
+from engine.doctor.hostfile import hosts_in
 from engine.doctor.subject import Subject, stage_of
 from launch import doctor
 from launch.serve_scores import handler_of
@@ -80,6 +82,7 @@ def test_what_a_healthy_run_does_not_have_is_fine_where_it_has_it(run):
     run.set(tracking__wandb="online", zero_stage="auto")
     run.patch.setenv("WANDB_API_KEY", "0" * 40)
     run.patch.setenv("MASTER_ADDR", "127.0.0.1")
+    run.patch.setenv("CXX", "env c++")  # a compiler behind another program, as with ccache
     run.hostfile("localhost slots=2\n")
     run.given["ssh"] = True
     run.program("ssh", "exit 0")
@@ -101,6 +104,10 @@ def test_the_other_stages_are_told_apart_and_looked_at(tmp_path, stage):
     assert faults(found) == {} and {"data rows", "prompt lengths", "disk space"} <= {f.check for f in found}
     found = faults(examine(Subject(settings=[*settings, "--data.max_length", "9"]), OF_A_CONFIG))
     assert re.search(r"rows of .*max_length=9", found["prompt lengths"].found)
+    told = found["prompt lengths"].remedy  # 23 characters, answered with 33 and an end; no prompt has more than 32
+    assert told == "Raise --data.max_length (the longest row has 57)."
+    found = faults(examine(Subject(settings=[*settings, "--data.max_prompt_tokens", "26"]), OF_A_CONFIG))
+    assert found["prompt lengths"].remedy == "Raise --data.max_prompt_tokens (the longest prompt has 27)."
 
 
 @pytest.mark.parametrize(
@@ -118,6 +125,22 @@ def test_a_stage_is_known_by_its_settings(settings, stage):
     assert stage_of(settings) == stage
     with pytest.raises(ValueError, match="name no model"):
         stage_of(["--seed", "1"])
+
+
+def test_a_stage_is_known_by_the_part_of_the_data_that_is_trained_on(monkeypatch):
+    class Pairs:
+        def to_list(self):
+            return [{"chosen": "a", "rejected": "b"}]
+
+    def loaded(loader, *, name, split):
+        if (name, split) != ("pairs", "train_prefs"):
+            raise ValueError(f"there is no {name}, {split}")
+        return Pairs()
+
+    monkeypatch.setattr("engine.data.sources.load_dataset", loaded)
+    settings = ["--model.model_name_or_path", "x", "--data.train", "some/hub"]
+    part = ["--data.train_subset", "pairs", "--data.train_split", "train_prefs"]
+    assert (stage_of([*settings, *part]), stage_of(settings)) == ("dpo", "sft")
 
 
 def test_every_recipe_is_of_the_stage_that_its_name_says():
@@ -139,11 +162,11 @@ def hangs(subject: Subject) -> Finding:
 
 
 def test_a_check_that_crashes_or_hangs_hides_no_other(monkeypatch):
-    monkeypatch.setattr(examination, "LIMIT_S", 0.2)
+    monkeypatch.setattr(examination, "LIMIT_S", 5)
     first, second, third = examine(Subject(), [crashes, hangs, lambda subject: failed("found")])
     assert first.status == "failed" and "KeyError: 'nobody thought of this'" in first.found
     assert "test_examination.py" in first.found
-    assert second == Finding("failed", "no answer within 0.2 s.", "See what it waits for.", "hangs")
+    assert second == Finding("failed", "no answer within 5 s.", "See what it waits for.", "hangs")
     assert third.found == "found"
 
 
@@ -170,6 +193,38 @@ def test_a_large_file_is_looked_at_in_part(run):
     assert share and abs(float(share[2]) - 25) < 1
 
 
+def test_prompts_that_are_not_asked_are_not_looked_at(run):
+    tiny.write_rows(run.folder / "held_out.jsonl", [*HELD_OUT, {"prompt": ""}])
+    run.set(evaluation__num_prompts=2)
+    assert faults(examined(run, [data.data_rows])) == {}
+    run.set(evaluation__num_prompts=3)
+    assert re.search("data.eval: .*line 3", faults(examined(run, [data.data_rows]))["data rows"].found)
+
+
+def test_only_the_weights_that_transformers_reads_are_looked_at(run):
+    for role in ("actor", "reward"):
+        (run.folder / role / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+        (run.folder / role / "model-00001-of-00002.safetensors").write_bytes(b"half of an earlier export")
+    assert faults(examined(run, [models.model_folders, models.score_heads])) == {}
+
+
+def test_a_hostfile_is_read_as_the_launcher_does(run):
+    run.hostfile("# ours\none slots=8 # the large one\n\ntwo\tslots=4 max_slots=8\n")
+    path = run.given["hostfile"]
+    assert hosts_in(path) == dict(fetch_hostfile(path)) == {"one": 8, "two": 4}
+
+
+def test_hosts_are_asked_at_the_same_time(run):
+    """Each waits until all have been asked."""
+    run.hostfile("one slots=1\ntwo slots=1\nthree slots=1\n")
+    asked = run.folder / "asked"
+    asked.mkdir()
+    said = f'case "$*" in *" -- "*" true") ;; *) exit 1 ;; esac; mktemp -p {asked} >&2'
+    run.program("ssh", f"{said}\nuntil [ $(ls {asked} | wc -l) = 3 ]; do sleep 0.1; done")
+    (found,) = examine(Subject(hostfile=run.given["hostfile"], ssh=True), [network.hosts_answer])
+    assert (found.status, found.found) == ("ok", "one lets us in; two lets us in; three lets us in")
+
+
 def test_numbers_of_ranks(run):
     run.hostfile("one slots=8\ntwo slots=4\n")
     assert Subject(hostfile=run.given["hostfile"]).world_size == 12
@@ -187,6 +242,21 @@ def test_room_for_checkpoints_is_counted_by_hand(run):
     assert next(iter(examine(subject, [folders.disk_space]))).status == "ok" == found.status
     full_disk(run, needed - 1)
     assert next(iter(examine(subject, [folders.disk_space]))).status == "failed"
+
+
+@pytest.mark.parametrize(("resume", "given_back"), [("auto", 2), ("never", 3)])
+def test_new_checkpoints_come_in_the_place_of_those_there_are(run, resume, given_back):
+    run.set(resume=resume)
+    full_disk(run, 10**6)
+    (empty,) = examined(run, [folders.disk_space])
+    for number in range(3):  # of a GiB each, which takes no room; two are kept
+        folder = run.folder / "out" / "checkpoints" / f"iteration_{number:06d}" / "part"
+        folder.mkdir(parents=True)
+        with open(folder / "state.safetensors", "wb") as file:
+            file.truncate(2**30)
+    (found,) = examined(run, [folders.disk_space])
+    assert empty.found.startswith("0.0 GiB free in ")
+    assert found.found.startswith(f"{given_back}.0 GiB free in ") and "with earlier checkpoints" in found.found
 
 
 def on_the_command_line(*flags: str, **environment: str) -> subprocess.CompletedProcess:
@@ -226,11 +296,13 @@ def test_wrong_usage_is_exit_code_2(flags, monkeypatch, capsys):
 
 
 def test_a_finding_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "examine", lambda subject: [failed("two\nlines", "Do this."), ok("fine")])
+    monkeypatch.setattr(
+        doctor, "examine", lambda subject: [failed("two\r\nlines\x1b[2J\u2028end", "Do this."), ok("fine")]
+    )
     monkeypatch.setattr(sys, "argv", ["doctor.py"])
     assert doctor.main() == 1
     first, second, counts = capsys.readouterr().out.splitlines()
-    assert first == "failed : two lines Do this." and second.endswith("fine")
+    assert first == "failed   : two lines [2J end Do this." and second.endswith("fine")
     assert counts == "1 failed, 0 warning, 1 ok"
 
 
