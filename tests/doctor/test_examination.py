@@ -11,7 +11,6 @@ from http.server import ThreadingHTTPServer
 import pytest
 import ranks
 import tiny
-from deepspeed.launcher.runner import fetch_hostfile
 from planted import HELD_OUT, Run
 from spoilt_configs import OF_CONFIGS, adapter, full_disk
 from spoilt_machines import OF_MACHINES
@@ -19,7 +18,6 @@ from spoilt_machines import OF_MACHINES
 from engine.doctor import data, examination, folders, models, network
 from engine.doctor.examination import OF_A_CONFIG, OF_THE_MACHINE, examine
 from engine.doctor.findings import Finding, failed, ok
-from engine.doctor.hostfile import hosts_in
 from engine.doctor.subject import Subject, stage_of
 from launch import doctor
 from launch.serve_scores import handler_of
@@ -110,48 +108,6 @@ def test_the_other_stages_are_told_apart_and_looked_at(tmp_path, stage):
     assert found["prompt lengths"].remedy == "Raise --data.max_prompt_tokens (the longest prompt has 27)."
 
 
-@pytest.mark.parametrize(
-    ("settings", "stage"),
-    [
-        (["--actor.model_name_or_path", "x"], "ppo"),
-        (["--preset", "trl"], "ppo"),
-        (["--reward.model_name_or_path=x"], "reward"),
-        (["--model.model_name_or_path", "x", "--beta", "0.1"], "dpo"),
-        (["--model.model_name_or_path", "x", "--data.chosen_column", "a"], "dpo"),
-        (["--model.model_name_or_path", "x", "--loss_on", "sequence"], "sft"),
-    ],
-)
-def test_a_stage_is_known_by_its_settings(settings, stage):
-    assert stage_of(settings) == stage
-    with pytest.raises(ValueError, match="name no model"):
-        stage_of(["--seed", "1"])
-
-
-def test_a_stage_is_known_by_the_part_of_the_data_that_is_trained_on(monkeypatch):
-    class Pairs:
-        def to_list(self):
-            return [{"chosen": "a", "rejected": "b"}]
-
-    def loaded(loader, *, name, split):
-        if (name, split) != ("pairs", "train_prefs"):
-            raise ValueError(f"there is no {name}, {split}")
-        return Pairs()
-
-    monkeypatch.setattr("engine.data.sources.load_dataset", loaded)
-    settings = ["--model.model_name_or_path", "x", "--data.train", "some/hub"]
-    part = ["--data.train_subset", "pairs", "--data.train_split", "train_prefs"]
-    assert (stage_of([*settings, *part]), stage_of(settings)) == ("dpo", "sft")
-
-
-def test_every_recipe_is_of_the_stage_that_its_name_says():
-    words = {"sft": "sft", "dpo": "dpo", "reward": "reward"}
-    for recipe in (ranks.ROOT / "launch" / "recipes").glob("*.yaml"):
-        stage = words.get(recipe.stem.rsplit("_", 1)[-1], "ppo")
-        if stage == "dpo" and "quickstart" not in recipe.stem:
-            continue  # a hub's data decides
-        assert stage_of(["--config", str(recipe)]) == stage, recipe
-
-
 def crashes(subject: Subject) -> Finding:
     raise KeyError("nobody thought of this")
 
@@ -208,12 +164,6 @@ def test_only_the_weights_that_transformers_reads_are_looked_at(run):
     assert faults(examined(run, [models.model_folders, models.score_heads])) == {}
 
 
-def test_a_hostfile_is_read_as_the_launcher_does(run):
-    run.hostfile("# ours\none slots=8 # the large one\n\ntwo\tslots=4 max_slots=8\n")
-    path = run.given["hostfile"]
-    assert hosts_in(path) == dict(fetch_hostfile(path)) == {"one": 8, "two": 4}
-
-
 def test_hosts_are_asked_at_the_same_time(run):
     """Each waits until all have been asked."""
     run.hostfile("one slots=1\ntwo slots=1\nthree slots=1\n")
@@ -223,13 +173,6 @@ def test_hosts_are_asked_at_the_same_time(run):
     run.program("ssh", f"{said}\nuntil [ $(ls {asked} | wc -l) = 3 ]; do sleep 0.1; done")
     (found,) = examine(Subject(hostfile=run.given["hostfile"], ssh=True), [network.hosts_answer])
     assert (found.status, found.found) == ("ok", "one lets us in; two lets us in; three lets us in")
-
-
-def test_numbers_of_ranks(run):
-    run.hostfile("one slots=8\ntwo slots=4\n")
-    assert Subject(hostfile=run.given["hostfile"]).world_size == 12
-    assert Subject(hostfile=run.given["hostfile"], num_accelerators=4).world_size == 8
-    assert Subject(num_accelerators=3).world_size == 3
 
 
 def test_room_for_checkpoints_is_counted_by_hand(run):
