@@ -55,9 +55,10 @@ def asked() -> tuple[Subject, bool]:
 
 
 def line(finding: Finding) -> str:
-    """On one line, whatever a message holds."""
-    said = f"{finding.status:8} {finding.check}: {finding.found} {finding.remedy}"
-    return " ".join(said.split()) if "\n" in said else said.rstrip()
+    """On one line, whatever a message holds: what cannot be printed is a space."""
+    said = f"{finding.check}: {finding.found} {finding.remedy}"
+    printable = "".join(letter if letter.isprintable() else " " for letter in said)
+    return f"{finding.status:8} {' '.join(printable.split())}"
 
 
 if __name__ == "__main__":

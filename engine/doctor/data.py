@@ -19,6 +19,7 @@ class Part:
         settings: its group, a DataConfig.
         named: the setting that names it.
         responses: whether its rows hold any; those of PPO's prompts do not.
+        most: only the first so many rows are read.
     """
 
     settings: Any
@@ -26,6 +27,7 @@ class Part:
     name: str
     split: str
     responses: bool
+    most: int | None
 
 
 @with_remedy("Correct the data, or name another file or column: --data.train, --data.prompt_column.")
@@ -66,15 +68,16 @@ def prompts_and_columns(subject: Subject, number: int) -> tuple[list[Any], dict[
 
 
 def _parts(subject: Subject) -> Iterator[Part]:
-    config = subject.config
-    for name in config.data.sources:
-        yield Part(config.data, "data.train", name, config.data.train_split, not subject.is_ppo)
-    if getattr(config.data, "eval", None) is not None:
-        yield Part(config.data, "data.eval", config.data.eval, config.data.eval_split, True)
+    config, data = subject.config, subject.config.data
+    for name in data.sources:
+        yield Part(data, "data.train", name, data.train_split, not subject.is_ppo, data.max_samples)
+    if data.eval is not None:
+        most = config.evaluation.num_prompts if subject.is_ppo else data.max_samples
+        yield Part(data, "data.eval", data.eval, data.eval_split, not subject.is_ppo, most)
     if subject.is_ppo and config.pretraining is not None:
         mix = config.pretraining.data
         for name in mix.sources:
-            yield Part(mix, "pretraining.data.train", name, mix.train_split, True)
+            yield Part(mix, "pretraining.data.train", name, mix.train_split, True, mix.max_samples)
 
 
 def _read(subject: Subject, part: Part) -> tuple[Any, list[list[tuple[Any, str]]]]:
@@ -89,7 +92,7 @@ def _rows(subject: Subject, part: Part) -> tuple[Any, list[list[tuple[Any, str]]
     from engine.data.sources import PROMPT_COLUMNS, at, load_source
 
     settings = part.settings
-    options = dict(subset=settings.train_subset, split=part.split, max_samples=settings.max_samples)
+    options = dict(subset=settings.train_subset, split=part.split, max_samples=part.most)
     try:
         source = load_source(part.name, **options)
         if part.responses:
@@ -139,7 +142,7 @@ def _lengths(subject: Subject, part: Part) -> Finding:
     settings, tokenizer = part.settings, subject.tokenizer(subject.main_role)
     source, rows = _read(subject, part)
     step = -(-len(rows) // LOOKED_AT)
-    longest, too_long = 0, []
+    longest_prompt, longest_row, too_long = 0, 0, []
     for place, row in list(zip(source.places, rows, strict=True))[::step]:
         for prompt, response in row:
             text = at(place, render, prompt, tokenizer)
@@ -147,26 +150,30 @@ def _lengths(subject: Subject, part: Part) -> Finding:
                 ids, answer = encode_exchange(text, at(place, render_response, prompt, response, tokenizer), tokenizer)
             else:
                 ids, answer = at(place, encode, text, tokenizer), []
-            longest = max(longest, len(ids))
+            longest_prompt, longest_row = max(longest_prompt, len(ids)), max(longest_row, len(ids) + len(answer))
             over = part.responses and len(ids) + len(answer) > settings.max_length
             if over or len(ids) > settings.max_prompt_tokens:
                 at(place, check_end_can_go, prompt, settings.over_length)
-                too_long.append(place)
-                break
+                too_long += [place] if place not in too_long[-1:] else []
     number = len(rows[::step])
     share, group = len(too_long) / number, part.named.rsplit(".", 1)[0]
     limit = f"{group}.max_prompt_tokens={settings.max_prompt_tokens}"
     limit += f" or {group}.max_length={settings.max_length}" if part.responses else ""
     spread = f" (of {len(rows)}, evenly spread)" if step > 1 else ""
     said = f"{len(too_long)} of {number} rows{spread} of {part.name}, {share:.1%}, exceed {limit}"
-    remedy = f"Raise --{group}.max_prompt_tokens (the longest prompt has {longest})."
+    higher = []
+    if longest_prompt > settings.max_prompt_tokens:
+        higher.append(f"--{group}.max_prompt_tokens (the longest prompt has {longest_prompt})")
+    if part.responses and longest_row > settings.max_length:
+        higher.append(f"--{group}.max_length (the longest row has {longest_row})")
+    remedy = f"Raise {' and '.join(higher)}."
     if too_long and settings.over_length == "error":
         return failed(f"{said}, the first at {too_long[0]}, and {group}.over_length is error.", remedy)
     if share == 1 and settings.over_length == "drop":
         return failed(f"{said}: dropping them leaves nothing.", remedy)
     if share > MOST_TOO_LONG:
         return warning(f"{said}: over_length is {settings.over_length}.", remedy)
-    return ok(f"{said}; the longest prompt has {longest} tokens")
+    return ok(f"{said}; the longest prompt has {longest_prompt} tokens")
 
 
 CHECKS = [data_rows, enough_rows, chat_template, prompt_lengths]

@@ -57,8 +57,9 @@ def disk_space(subject: Subject) -> Finding:
         needed += (config.checkpoint.keep + 1) * trained * (KEPT_BYTES + 4 * of_average)
         needed += whole * BYTES[subject.dtype] * (1 + of_average)
     above = _existing(Path(config.output_dir))
-    free = shutil.disk_usage(above).free
-    said = f"{free / GIB:.1f} GiB free in {above}, and the run needs about {needed / GIB:.2f}"
+    given_back = _given_back(config)
+    free, counted = shutil.disk_usage(above).free + given_back, " (with earlier checkpoints)" if given_back else ""
+    said = f"{free / GIB:.1f} GiB free in {above}{counted}, and the run needs about {needed / GIB:.2f}"
     if free < needed:
         share = f"{config.checkpoint.keep} + 1 checkpoints and the exported models"
         return failed(f"{said} ({share}).", "Name an --output_dir with more room, or lower --checkpoint.keep.")
@@ -66,7 +67,7 @@ def disk_space(subject: Subject) -> Finding:
 
 
 def wandb_key(subject: Subject) -> Finding | None:
-    """Without one an online run of W&B does not start, and training goes on without it."""
+    """Without one an online run of W&B is an offline one."""
     if subject.config.tracking.wandb != "online":
         return None
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
@@ -77,9 +78,16 @@ def wandb_key(subject: Subject) -> Finding | None:
         if path.is_file() and netrc.netrc(path).authenticators(host) is not None:
             return ok(f"{path} has a key for {host}")
     except netrc.NetrcParseError as error:
-        return failed(f"{path} cannot be read: {error}.", "Correct it, or set WANDB_API_KEY.")
+        return warning(f"{path} cannot be read: {error}.", "Correct it, or set WANDB_API_KEY.")
     said = f"tracking.wandb=online, and there is no key for {host}, neither in WANDB_API_KEY nor in {path}."
-    return failed(said, "Run wandb login, or set --tracking.wandb offline.")
+    return warning(f"{said} The run will be offline.", "Run wandb login, or set --tracking.wandb offline.")
+
+
+def _given_back(config) -> int:
+    """Bytes of earlier checkpoints in whose place new ones come: of the newest `keep`, or all with --resume never."""
+    found = checkpoints_in(Path(config.output_dir) / "checkpoints")
+    for_new_ones = found if config.resume == "never" else found[: config.checkpoint.keep]
+    return sum(path.stat().st_size for folder in for_new_ones for path in folder.rglob("*") if path.is_file())
 
 
 def _existing(folder: Path) -> Path:

@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*$")
+# What follows is nothing to the launcher; a name with a dash in front would be a flag to ssh.
+LINE = re.compile(r"([^\s-]\S*)\s+slots=(\d+)")
 
 
 def hosts_in(hostfile: str) -> dict[str, int]:

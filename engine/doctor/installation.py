@@ -4,6 +4,7 @@ import ast
 import fcntl
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -88,14 +89,15 @@ def libraries_import(subject: Subject) -> Finding:
 
 def compiler(subject: Subject) -> Finding:
     """DeepSpeed compiles its operators when they are first used."""
-    name = os.environ.get("CXX", "c++")
-    path = shutil.which(name)
+    command = shlex.split(os.environ.get("CXX", "c++")) or [""]  # `ccache g++` is one too
+    path = shutil.which(command[0])
     if path is None:
-        return failed(f"there is no C++ compiler {name} on PATH.", "Install one (apt install g++), or name it in CXX.")
+        said = f"there is no C++ compiler {command[0]} on PATH."
+        return failed(said, "Install one (apt install g++), or name it in CXX.")
     with tempfile.TemporaryDirectory() as folder:
         source, program = Path(folder) / "two.cpp", Path(folder) / "two"
         source.write_text(PROGRAM)
-        works, said = _answer([path, "-O1", "-o", str(program), str(source)])
+        works, said = _answer([*command, "-O1", "-o", str(program), str(source)])
         if works:
             works, said = _answer([str(program)])
     if not (works and said == "2"):

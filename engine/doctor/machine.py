@@ -11,7 +11,7 @@ DRIVER = Path("/proc/driver/nvidia/version")
 SHARED = Path("/dev/shm")
 BUFFER_MIB = 66  # of each rank on a CPU; DeepSpeed 0.19 keeps it there for sums between the ranks of one machine
 NCCL_MIB = 1024  # NVIDIA's advice for containers
-OPEN_FILES = 4096
+OPEN_FILES = 1024
 
 
 def accelerators(subject: Subject) -> Finding:

@@ -1,10 +1,10 @@
 """Checks of a configuration, and of the models and tokenizers that it names."""
 
-import json
 from pathlib import Path
 
 from engine.doctor.findings import Finding, failed, of_each, ok, warning, with_remedy
 from engine.doctor.subject import Subject
+from engine.doctor.weights import folder_of, tensors, tensors_in
 
 HEAD, ADAPTERS_HEAD = "score.weight", "base_model.model.score.weight"
 
@@ -72,10 +72,11 @@ def model_folders(subject: Subject) -> Finding:
     """Every role's model is there, of a kind that transformers knows, with all files of its weights."""
 
     def look(role: str) -> Finding:
-        config, missing = subject.model_config(role), _missing_files(subject.models[role])
-        if missing:
-            said = f"{subject.models[role]} ({role}) lacks {missing}."
-            return failed(said, "Copy the whole folder, or export the model again.")
+        config = subject.model_config(role)
+        try:
+            tensors(subject, role)
+        except ValueError as error:
+            return failed(f"{role}: {error}", "Copy the whole folder, or export the model again.")
         return ok(f"{role}: {config.model_type}")
 
     return of_each(subject.models, look)
@@ -108,10 +109,10 @@ def score_heads(subject: Subject) -> Finding | None:
         if labels not in (None, 1):
             said = f"{name} ({role}) is a classifier with {labels} labels, and a score head has one."
             return failed(said, "Train it by train_reward.py.")
-        tensors = _tensors(name)
-        if tensors is None:
+        names = tensors(subject, role)
+        if names is None:
             return ok(f"{role}: its weights are not here to be looked at")
-        if HEAD in tensors:
+        if HEAD in names:
             return ok(f"{role}: trained")
         if role == "critic":
             return ok("critic: a fresh head, drawn from the seed")
@@ -120,7 +121,8 @@ def score_heads(subject: Subject) -> Finding | None:
 
     if subject.is_ppo and subject.config.shared_trunk and subject.config.reward.model_name_or_path is not None:
         name = subject.config.reward.model_name_or_path
-        if ADAPTERS_HEAD not in (_tensors(name, "adapter_model*.safetensors") or ()):
+        adapters = folder_of(name).glob("adapter_model*.safetensors")
+        if not any(ADAPTERS_HEAD in tensors_in(path) for path in adapters):
             said = f"{name} holds no adapter with a score head, and shared_trunk takes one."
             return failed(said, "Train it on the actor's model with --lora.r 8 --lora.export adapter.")
         return ok("reward: an adapter's")
@@ -177,10 +179,8 @@ def end_of_sequence(subject: Subject) -> Finding:
     """What the model's own settings end a text with is what its tokenizer does."""
     from transformers import GenerationConfig
 
-    from engine.models.random_init import local_name
-
     role = subject.main_role
-    tokenizer, folder = subject.tokenizer(role), Path(local_name(subject.models[role])).expanduser()
+    tokenizer, folder = subject.tokenizer(role), folder_of(subject.models[role])
     if (folder / "generation_config.json").is_file():
         settings, said = GenerationConfig.from_pretrained(folder), "generation_config.json"
     else:
@@ -255,35 +255,6 @@ def _reads_text(subject: Subject) -> bool:
         return False
     theirs, ours = subject.tokenizer("reward"), subject.tokenizer("actor")
     return not (theirs.chat_template == ours.chat_template and read_alike(theirs, ours))
-
-
-def _folder(model_name_or_path: str) -> Path:
-    from engine.models.random_init import local_name
-
-    return Path(local_name(model_name_or_path)).expanduser()
-
-
-def _missing_files(model_name_or_path: str) -> str | None:
-    """Of the weights in a folder; of a hub name transformers fetches what is missing."""
-    folder = _folder(model_name_or_path)
-    if not folder.is_dir():
-        return None
-    for index in folder.glob("*.index.json"):
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        return next((name for name in names if not (folder / name).is_file()), None)
-    found = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
-    return None if found else "its weights (model.safetensors)"
-
-
-def _tensors(model_name_or_path: str, files: str = "*.safetensors") -> set[str] | None:
-    """Names of the weights in a folder's safetensors; None where there are none."""
-    from safetensors import safe_open
-
-    names: set[str] = set()
-    for path in sorted(_folder(model_name_or_path).glob(files)):
-        with safe_open(path, framework="pt") as file:
-            names |= set(file.keys())
-    return names or None
 
 
 CHECKS = [

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from engine.doctor.findings import Finding, failed, of_each, ok, warning, with_remedy
@@ -13,7 +14,7 @@ from engine.doctor.subject import Subject
 
 ROOT = Path(__file__).resolve().parents[2]
 CONNECT_S, JOIN_S, TRIAL_S, LOGIN_S = 3, 60, 180, 5
-MOST_RANKS = 8
+MOST_RANKS, MOST_LOGINS = 8, 32  # at once
 LAUNCHERS_PORT = 29500  # of deepspeed and torchrun, unless told otherwise
 
 
@@ -50,7 +51,7 @@ def ranks_add_up(subject: Subject) -> Finding:
             process.wait()
     if told:
         rank, said = next(iter(told.items()))
-        remedy = "See that the loopback device is up and no firewall is in between; NCCL_DEBUG=INFO says more."
+        remedy = "See that the loopback device is up and no firewall is in between."
         return failed(f"of {number} ranks with {backend} {len(told)} failed; rank {rank}: {said}.", remedy)
     return ok(f"{number} ranks of this machine added up a number with {backend}")
 
@@ -128,9 +129,10 @@ def hosts_answer(subject: Subject) -> Finding | None:
         return failed("there is no ssh on PATH.", "Install it: apt install openssh-client.")
 
     def look(host: str) -> Finding:
-        command = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={LOGIN_S}", host, "true"]
+        command = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={LOGIN_S}", "--", host, "true"]
+        options = dict(stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=4 * LOGIN_S, check=False)
         try:
-            ended = subprocess.run(command, capture_output=True, text=True, timeout=4 * LOGIN_S, check=False)
+            ended = subprocess.run(command, **options)
             said = ended.stderr.strip().splitlines()[-1:] or [f"exit code {ended.returncode}"]
             trouble = said[0] if ended.returncode else None
         except subprocess.TimeoutExpired:
@@ -139,7 +141,9 @@ def hosts_answer(subject: Subject) -> Finding | None:
             return failed(f"ssh {host}: {trouble}.", f"Put your public key there: ssh-copy-id {host}.")
         return ok(f"{host} lets us in")
 
-    return of_each(subject.hosts, look)
+    with ThreadPoolExecutor(MOST_LOGINS) as logins:
+        found = dict(zip(subject.hosts, logins.map(look, subject.hosts), strict=True))
+    return of_each(subject.hosts, found.__getitem__)
 
 
 def _port() -> int:

@@ -183,7 +183,7 @@ def stage_of(settings: Sequence[str]) -> Stage:
             return "dpo"
         if groups & OF_SFT or data.keys() & OF_SFT_DATA:
             return "sft"
-        return "dpo" if _holds_pairs(data.get("train")) else "sft"
+        return "dpo" if _holds_pairs(data) else "sft"
     if "reward" in groups:
         return "reward"
     raise ValueError(
@@ -217,12 +217,14 @@ def _recipe(path: str) -> dict[str, Any]:
     return said
 
 
-def _holds_pairs(train: Any) -> bool:
+def _holds_pairs(data: dict[str, Any]) -> bool:
     """Whether the first source of `data.train` has the columns of preferences."""
     from engine.data.sources import load_source
 
+    train = data.get("train")
+    part = dict(subset=data.get("train_subset"), split=data.get("train_split", "train"))
     try:
-        columns = load_source(str(train[0] if isinstance(train, list) else train), max_samples=10).columns
+        columns = load_source(str(train[0] if isinstance(train, list) else train), **part, max_samples=10).columns
     except ValueError:  # told by the check on data
         return False
     return {"chosen", "rejected"} <= set(columns)

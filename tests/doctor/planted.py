@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from engine.models.random_init import local_name
 
 WORDS = ["what is 2 and 3?", "name three", "count up to four", "tell a story", "why so", "go on", "sing", "end"]
 ROWS = [{"prompt": [{"role": "user", "content": words}], "answer": str(at)} for at, words in enumerate(WORDS)]
+HELD_OUT = [{"prompt": [{"role": "user", "content": words}]} for words in ("add 1", "hum")]
 
 
 class Run:
@@ -24,10 +26,11 @@ class Run:
         for role, name in (("actor", tiny.LLAMA), ("reward", tiny.score_head(tiny.LLAMA))):
             shutil.copytree(local_name(name), folder / role)
         self.write_rows(ROWS)
+        tiny.write_rows(folder / "held_out.jsonl", HELD_OUT)
         self.recipe: dict[str, Any] = dict(
             actor=dict(model_name_or_path=str(folder / "actor"), learning_rate=1e-3),
             reward=dict(model_name_or_path=str(folder / "reward"), function="tiny:share_of_small_letters"),
-            data=dict(train=str(folder / "rows.jsonl"), max_prompt_tokens=64),
+            data=dict(train=str(folder / "rows.jsonl"), eval=str(folder / "held_out.jsonl"), max_prompt_tokens=64),
             rollout=dict(max_response_tokens=12),
             tracking=dict(wandb="offline"),
             output_dir=str(folder / "out"),
@@ -38,8 +41,11 @@ class Run:
             micro_batch_size=2,
         )
         patch.setenv("MASTER_PORT", str(ranks.free_port()))
-        for name in ("MASTER_ADDR", "RANK", "SLURM_PROCID", "NODE_RANK", "WANDB_API_KEY", "CXX"):
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(folder / "ops"))
+        for name in ("MASTER_ADDR", "RANK", "SLURM_PROCID", "NODE_RANK", "WANDB_API_KEY", "WANDB_BASE_URL", "CXX"):
             patch.delenv(name, raising=False)
+        usual = {resource.RLIMIT_NOFILE: (1024, 4096)}
+        patch.setattr("resource.getrlimit", lambda name: usual.get(name, (resource.RLIM_INFINITY,) * 2))
 
     def write_rows(self, rows: list[dict[str, Any]]) -> None:
         tiny.write_rows(self.folder / "rows.jsonl", rows)

@@ -34,6 +34,20 @@ def other_vocabulary(run: Run, role: str) -> None:
     run.set(**{f"{role}__model_name_or_path": str(folder)})
 
 
+def torn_weights(run: Run, role: str) -> None:
+    path = run.folder / role / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def lost_part(run: Run) -> None:
+    """An index of two files, of which one is there."""
+    folder = run.copy_of("actor", "parts")
+    parts = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors").rename(folder / parts["a"])
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": parts}))
+    run.set(ref__model_name_or_path=str(folder))
+
+
 def sharding(run: Run, text: str) -> None:
     (run.folder / "own.json").write_text(text)
     run.set(ds_config=str(run.folder / "own.json"))
@@ -88,12 +102,19 @@ OF_CONFIGS = [
     (
         "model folders",
         "failed",
-        r"lacks its weights",
+        r"ref: .*bare lacks its weights",
         lambda run: (
             run.set(ref__model_name_or_path=str(run.copy_of("actor", "bare")))
             or (run.folder / "bare/model.safetensors").unlink()
         ),
     ),
+    (
+        "model folders",
+        "failed",
+        r"reward: .*reward/model.safetensors is cut short",
+        lambda run: torn_weights(run, "reward"),
+    ),
+    ("model folders", "failed", "ref: .*parts lacks model-00002-of-00002.safetensors", lost_part),
     (
         "language models",
         "failed",
@@ -219,5 +240,5 @@ OF_CONFIGS = [
     ("earlier checkpoints", "failed", "iteration_000003 is of an earlier run.*--resume auto", left_checkpoint),
     ("earlier checkpoints", "warning", "removes 1 checkpoints", lambda run: left_checkpoint(run, resume="never")),
     ("disk space", "failed", r"0\.0 GiB free in .* lower --checkpoint.keep", lambda run: full_disk(run, 1000)),
-    ("wandb key", "failed", "no key for api.wandb.ai", no_key),
+    ("wandb key", "warning", "no key for api.wandb.ai.* will be offline", no_key),
 ]

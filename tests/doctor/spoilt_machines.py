@@ -38,7 +38,6 @@ def broken_library(run: Run) -> None:
 def lock_of(run: Run, operator: str) -> None:
     (run.folder / "ops" / operator).mkdir(parents=True)
     (run.folder / "ops" / operator / "lock").touch()
-    run.patch.setenv("TORCH_EXTENSIONS_DIR", str(run.folder / "ops"))
 
 
 def gpu_without_cuda(run: Run) -> None:
@@ -120,6 +119,12 @@ OF_MACHINES = [
     ("master port", "failed", "MASTER_PORT='many' is no port", lambda run: run.patch.setenv("MASTER_PORT", "many")),
     ("hostfile", "failed", "cannot be read", lambda run: run.given.update(hostfile="/no/such/hosts")),
     ("hostfile", "failed", "line 2: 'localhost 8' is not", lambda run: run.hostfile("# ours\nlocalhost 8\n")),
+    (
+        "hostfile",
+        "failed",
+        "line 1: '-oProxyCommand=id slots=8' is not",
+        lambda run: run.hostfile("-oProxyCommand=id slots=8\n"),
+    ),
     ("hostfile", "failed", "nowhere.invalid does not resolve", lambda run: run.hostfile("nowhere.invalid slots=8\n")),
     ("hosts answer", "failed", "ssh localhost: .*Permission denied", refused_login),
 ]
