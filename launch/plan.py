@@ -12,6 +12,7 @@ import sys
 
 from engine.config import PPOConfig, parse, run
 from engine.memory_plan import Machine, Planner, as_table, memory_plan, recommendation
+from engine.memory_plan.recommendation import MARGIN
 
 UNITS = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6, "tib": 2**40, "tb": 10**12}
 
@@ -28,7 +29,8 @@ def main() -> None:
     if config.zero_stage != "auto":
         plan = memory_plan(config, asked.world_size, ranks_per_node=asked.ranks_per_node)
         print(f"As the config says:\n\n{as_table(plan)}")
-        print(f"This {'fits' if machine.holds(plan) else 'DOES NOT FIT'} into {asked.device_memory}.\n")
+        lacking = " nor into ".join(machine.too_small_for(plan))
+        print(f"This DOES NOT FIT into {lacking}.\n" if lacking else f"This fits, with {MARGIN:.0%} left free.\n")
     found = recommendation(Planner.of(config, device="cuda"), machine)
     if found.plan is not None:
         print(f"Recommended:\n\n{as_table(found.plan)}\n")
@@ -39,11 +41,12 @@ def main() -> None:
 
 def arguments() -> tuple[argparse.Namespace, list[str]]:
     """Those of the machine, and the run's."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False, add_help=False)
-    parser.add_argument("--world_size", type=int, required=True)
-    parser.add_argument("--device_memory", required=True)
-    parser.add_argument("--host_memory")
-    parser.add_argument("--ranks_per_node", type=int, default=8)
+    others = "The run's settings, --config among them, are those that launch/train_ppo.py --help lists."
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=others, allow_abbrev=False)
+    parser.add_argument("--world_size", type=int, required=True, help="ranks of the run, each with a device")
+    parser.add_argument("--device_memory", required=True, help="of each device, as 80GiB")
+    parser.add_argument("--host_memory", help="of each machine, as 1000GiB; not looked at when not given")
+    parser.add_argument("--ranks_per_node", type=int, default=8, help="ranks that share a machine (default: 8)")
     return parser.parse_known_args()
 
 

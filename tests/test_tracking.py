@@ -10,6 +10,7 @@ import yaml
 
 from engine.config import DemonstrationDataConfig, FrozenRoleConfig, SFTConfig, TrackingConfig, as_dict
 from engine.tracking import Tracker
+from engine.tracking.files import cut_after
 from engine.tracking.summary import written_plan
 
 OFF = TrackingConfig(wandb="disabled")
@@ -96,6 +97,13 @@ def test_a_run_that_goes_on_drops_what_comes_again(tmp_path, capsys):
         track.log(2, METRICS, [])
     assert [row["iteration"] for row in lines(tmp_path / "metrics.jsonl")] == [1, 2]
     assert "kept as" not in capsys.readouterr().out
+
+
+def test_a_file_that_ends_within_a_character_is_gone_on_with(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    path.write_bytes('{"iteration": 1, "response": "日"}\n{"iteration": 2, "response": "日'.encode()[:-1])
+    cut_after(path, 2)
+    assert lines(path) == [{"iteration": 1, "response": "日"}]
 
 
 def test_warnings_and_quarantined_responses_are_lines_of_their_own(tmp_path, capsys):

@@ -139,7 +139,7 @@ def _device(name: str | None) -> torch.device:
 
 def labels(names: Sequence[str]) -> list[str]:
     """The ends of what the user calls them, as long as it takes to tell them apart."""
-    parts = [Path(name).parts for name in names]
+    parts = [Path(name).expanduser().absolute().parts for name in names]  # "." has none of its own
     for length in range(1, max(map(len, parts)) + 1):
         ends = ["/".join(part[-length:]) for part in parts]
         if len(set(ends)) == len(ends):

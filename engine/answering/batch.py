@@ -55,9 +55,10 @@ def write_responses(config: AnsweringConfig, answerers: list[Answerer]) -> None:
             file.write("".join(map(as_line, lines)))
             file.flush()
             bar.update(len(batch))
+    limits = dict.fromkeys(str(answerer.sampling.max_response_tokens) for answerer in answerers)
     print(
         f"{path}: {len(rows)} prompts answered; {finished} of {len(rows) * len(answerers)} responses ended by "
-        f"themselves, the others after {answerers[0].sampling.max_response_tokens} tokens (max_response_tokens).",
+        f"themselves, the others after {' or '.join(limits)} tokens (max_response_tokens).",
         file=sys.stderr,
     )
 

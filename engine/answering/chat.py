@@ -30,7 +30,7 @@ class Side:
     exchanges: list[Messages] = field(default_factory=list)  # a user's turn and its answer each
 
     def prompt(self, said: str) -> tuple[list[int], int]:
-        """Token ids of the conversation with this at its end, and how many of the oldest exchanges had to be forgotten
+        """Token ids of the conversation with this at its end, and how many of the oldest exchanges have to be forgotten
         to make them fit.
 
         Raises:
@@ -46,17 +46,18 @@ class Side:
             if not kept:
                 raise ValueError(f"This has {len(ids)} tokens, and {room} are read at most: nothing was asked.")
             del kept[0]
-        forgotten = len(self.exchanges) - len(kept)
-        self.exchanges = kept
-        return ids, forgotten
+        return ids, len(self.exchanges) - len(kept)
 
-    def answer(self, said: str, key: tuple[int, ...], show: Callable[[str], None]) -> tuple[str, list[str]]:
+    def answer(
+        self, said: str, prompt: tuple[list[int], int], key: tuple[int, ...], show: Callable[[str], None]
+    ) -> tuple[str, list[str]]:
         """The answer, shown as it is written, and notes on it. Ctrl-C ends it.
 
-        Raises:
-            ValueError: as `prompt`.
+        Args:
+            prompt: what `prompt` says of `said`.
         """
-        ids, forgotten = self.prompt(said)
+        ids, forgotten = prompt
+        del self.exchanges[:forgotten]
         notes = [f"The oldest {forgotten} exchange(s) no longer fit and are forgotten."] if forgotten else []
         stream = TextStream(self.answerer.tokenizer)
         try:
@@ -88,7 +89,7 @@ class Chat:
         """
         Args:
             lines, out: of the user. On a terminal they are stdin and stdout; otherwise `out` gets answers alone, and
-                `aside` the notes.
+                `aside` the notes. Whichever is a terminal is sent nothing that steers it.
 
         Raises:
             ValueError: the tokenizer has no chat template, or it refuses the system message.
@@ -151,23 +152,24 @@ class Chat:
             self._note(f"There is no {command}; /help lists what there is.")
 
     def _answer(self, said: str) -> None:
+        prompts = [side.prompt(said) for side in self.sides]  # that one refuses is not asked of the other either
         key = (self.seed, self.asked)
         self.asked += 1
         width = shutil.get_terminal_size().columns
         notes = []
         if self.on_terminal and len(self.sides) > 1 and width >= SIDE_BY_SIDE:
             texts = []
-            for side in self.sides:
+            for side, prompt in zip(self.sides, prompts, strict=True):
                 with self._counted(side.answerer.label) as count:
-                    text, more = side.answer(said, key, count)
+                    text, more = side.answer(said, prompt, key, count)
                 texts.append(f"{side.answerer.label}:\n{visible(text)}")
                 notes.append(more)
             self.out.write(columns(texts, width))
         else:
-            for side in self.sides:
+            for side, prompt in zip(self.sides, prompts, strict=True):
                 if len(self.sides) > 1:
                     self.out.write(f"{side.answerer.label}:\n")
-                notes.append(side.answer(said, key, self._show)[1])
+                notes.append(side.answer(said, prompt, key, self._show)[1])
                 self.out.write("\n")
         for side, lines in zip(self.sides, notes, strict=True):
             for line in lines:
@@ -176,7 +178,7 @@ class Chat:
 
     def _show(self, text: str) -> None:
         if text:
-            self.out.write(visible(text) if self.on_terminal else text)
+            self.out.write(visible(text) if self.out.isatty() else text)
             self.out.flush()
 
     @contextmanager
@@ -196,4 +198,5 @@ class Chat:
             self.out.write("\r\x1b[K")
 
     def _note(self, text: str) -> None:
-        print(f"({text})" if "\n" not in text else text, file=self.aside, flush=True)
+        said = f"({text})" if "\n" not in text else text
+        print(visible(said) if self.aside.isatty() else said, file=self.aside, flush=True)

@@ -61,14 +61,23 @@ def wrap(text: str, width: int) -> list[str]:
     """Lines of at most `width` cells of a terminal, broken at spaces where there are any."""
     lines = []
     for line in text.expandtabs(4).split("\n"):
-        while cells_of(line) > width:
-            end = next(end for end in range(len(line), 0, -1) if cells_of(line[:end]) <= width)
+        while (end := fitting(line, width)) < len(line):
             space = line.rfind(" ", 1, end + 1)
             cut = space if space > 0 else end
             lines.append(line[:cut])
             line = line[cut:].lstrip(" ")
         lines.append(line)
     return lines
+
+
+def fitting(text: str, width: int) -> int:
+    """How many of its letters go into that many cells; at least one."""
+    used = 0
+    for number, letter in enumerate(text):
+        used += cells_of(letter)
+        if used > width:
+            return max(1, number)
+    return len(text)
 
 
 def cells_of(text: str) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from engine.config import DS_CONFIGS, PPOConfig, SteadyLoRAConfig
+from engine.config.checks import at_least
 from engine.memory_plan.phases import Sizes
 from engine.memory_plan.plan import Plan, Planner
 from engine.memory_plan.table import readable
@@ -60,10 +61,24 @@ class Machine:
     host_memory: int | None = None
     ranks_per_node: int = 8
 
+    def __post_init__(self):
+        at_least("world_size", self.world_size, 1)
+        at_least("ranks_per_node", self.ranks_per_node, 1)
+
     def holds(self, plan: Plan) -> bool:
         """With the margin left over."""
-        on_host = self.host_memory is None or plan.host_bytes <= (1 - MARGIN) * self.host_memory
-        return plan.peak_bytes <= (1 - MARGIN) * self.device_memory and on_host
+        return not self.too_small_for(plan)
+
+    def too_small_for(self, plan: Plan) -> list[str]:
+        """What the plan does not fit into with the margin left over: nothing where it fits."""
+        wanted = {"a rank's device": (plan.peak_bytes, self.device_memory)}
+        if self.host_memory is not None:
+            wanted["a machine's own memory"] = (plan.host_bytes, self.host_memory)
+        return [
+            f"{name} ({readable(size)} of {readable(there)}, {MARGIN:.0%} of which are left free)"
+            for name, (size, there) in wanted.items()
+            if size > (1 - MARGIN) * there
+        ]
 
 
 def recommendation(

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from html import escape
 from importlib.resources import files
@@ -32,6 +33,8 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
         half_done.write_text(page, encoding="utf-8", errors="replace")  # texts may hold halves of surrogate pairs
         half_done.replace(output)
     except OSError as error:
+        with suppress(OSError):
+            half_done.unlink()
         raise ValueError(f"The report {output} cannot be written: {error.strerror}. Name another --output.") from error
     return output
 

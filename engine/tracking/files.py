@@ -35,11 +35,11 @@ def set_aside(path: Path) -> None:
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    """The lines that are whole; none where there is no file."""
+    """The lines that are whole, also of a file that ends within a character; none where there is no file."""
     if not path.exists():
         return []
     found = []
-    for line in path.read_text(encoding="utf-8").split("\n"):  # not splitlines(): texts hold other ends of lines
+    for line in path.read_text("utf-8", "replace").split("\n"):  # not splitlines(): texts hold other ends of lines
         with suppress(json.JSONDecodeError):
             found.append(json.loads(line))
     return found

@@ -171,13 +171,15 @@ def test_an_earlier_file_is_kept(tmp_path, reciter, prompts, capsys):
     assert "answers.previous.jsonl" in capsys.readouterr().err
 
 
-def test_two_models_side_by_side(tmp_path, model, reciter, prompts):
+def test_two_models_side_by_side(tmp_path, model, reciter, prompts, capsys):
     """Each line has what either writes alone; a prompt that is too long for one is left out for both."""
     alone = {name: written(tmp_path, "--model", name, "--prompts", prompts) for name in (model, reciter)}
     both = written(tmp_path, "--model", model, "--other", reciter, "--prompts", prompts, "--batch_size", "3")
     assert len(both) == len(tiny.PROMPTS)
     for line, one, other in zip(both, alone[model], alone[reciter], strict=True):
         assert line == one | {f"other_{name}": other[name] for name in ("response", "finished", "tokens")}
+    assert generated("--model", model, "--other", reciter, "--prompts", prompts, "--output", tmp_path / "usual") is None
+    assert "the others after 256 or 128 tokens (max_response_tokens)" in capsys.readouterr().err
     long = tiny.write_rows(tmp_path / "long.jsonl", [{"prompt": "x" * 250}, {"prompt": "y"}])
     lines = written(tmp_path, "--model", model, "--other", reciter, "--prompts", long, "--over_length", "drop")
     assert [line["prompt"] for line in lines] == ["y"], "the second model was made for 256 tokens"

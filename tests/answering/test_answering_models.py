@@ -72,6 +72,13 @@ def test_labels_are_as_short_as_they_can_be():
     assert labels(["runs/a", "runs/a"]) == ["model", "other"]
 
 
+def test_the_folder_one_stands_in_is_called_by_its_name(tmp_path, monkeypatch):
+    (tmp_path / "ppo").mkdir()
+    monkeypatch.chdir(tmp_path / "ppo")
+    assert labels(["."]) == ["ppo"]
+    assert labels([".", "../sft"]) == ["ppo", "sft"]
+
+
 def test_bfloat16_is_loaded_as_such_with_exact_rotary_frequencies(reciter):
     model, _ = load_for_answering(reciter, dtype=torch.bfloat16, chat_template=None)
     assert model.lm_head.weight.dtype == torch.bfloat16 and not model.training

@@ -10,6 +10,7 @@ import time
 import traceback
 
 import pytest
+import torch
 from reciting import BYTE, RECITED, generated, reciting
 
 from engine.answering.answerer import Answerer, load_answerers
@@ -115,6 +116,33 @@ def test_two_models_keep_their_own_conversations(reciter, other, read):
     assert read[2:] == [turn("one", RECITED) + turn("two"), turn("one", STEERING) + turn("two")]
 
 
+def test_what_one_model_has_no_room_for_is_asked_of_neither(tmp_path, reciter, read):
+    roomy = reciting(tmp_path / "roomy", STEERING, endless=True)
+    given = dict(model=roomy, other=reciter, max_response_tokens=200)
+    out, aside = chatted(f"a\n{'x' * 100}\nb\n", **given)
+    assert aside.count("nothing was asked") == 1 and "forgotten" not in aside
+    assert len(read) == 4 and not any("xx" in prompt for prompt in read)
+    assert out.count("reciter:") == out.count("roomy:") == 2
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("shown", ["out", "aside"])
+def test_what_is_sent_to_a_terminal_never_steers_it(other, shown):
+    """Also where the lines come from a file, or the answers go to one."""
+    config = AnsweringConfig(model=other, temperature=0.0)
+    (answerer,) = load_answerers(config)
+    ends = dict(out=io.StringIO(), aside=io.StringIO()) | {shown: Screen()}
+    chat = Chat([answerer], config, lines=io.StringIO("hi\n"), **ends)
+    chat.run()
+    chat._note("\x1b]0;owned\x07")
+    assert ends["out"].getvalue() == ("x␛z\n" if shown == "out" else f"{STEERING}\n")
+    assert ("\x1b" in ends["aside"].getvalue()) == (shown == "out")
+
+
 class Terminal:
     """`launch/generate.py` in a process of its own, on a terminal of its own."""
 
@@ -124,6 +152,7 @@ class Terminal:
         if self.process == 0:
             code = 99
             try:
+                torch.set_num_threads(1)  # the threads of OpenMP do not survive a fork
                 os.environ |= dict(COLUMNS=str(width), LINES="24", TERM="dumb")
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
@@ -153,14 +182,22 @@ class Terminal:
         before, found, self.said = self.said.partition(wanted.encode())
         return (before + found).decode().replace("\r\n", "\n")
 
-    def code(self) -> int:
-        return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
+    def code(self, *, timeout_s: float = 120) -> int:
+        """What it ends with."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            process, status = os.waitpid(self.process, os.WNOHANG)
+            if process:
+                self.process = None
+                return os.waitstatus_to_exitcode(status)
+            assert time.monotonic() < deadline, "it does not end"
+            time.sleep(0.01)
 
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, *_):
-        if kind is not None:
+    def __exit__(self, *_):
+        if self.process is not None:
             os.kill(self.process, signal.SIGKILL)
             os.waitpid(self.process, 0)
         os.close(self.screen)

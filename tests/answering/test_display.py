@@ -3,6 +3,7 @@
 import pytest
 from reciting import BYTE, RECITED
 
+from engine.answering import display
 from engine.answering.display import TextStream, cells_of, columns, visible, wrap
 
 
@@ -47,6 +48,18 @@ def test_what_would_steer_a_terminal_is_shown_instead():
 )
 def test_lines_are_broken_at_spaces_or_where_they_are_full(text, lines):
     assert wrap(text, 7) == lines
+
+
+def test_a_long_line_is_measured_once(monkeypatch):
+    measured = []
+    monkeypatch.setattr(display, "cells_of", lambda text: measured.append(len(text)) or cells_of(text))
+    text = "日本語 and more " * 500
+    assert "".join(wrap(text, 48)).replace(" ", "") == text.replace(" ", "")
+    assert sum(measured) < 2 * len(text)
+
+
+def test_a_letter_wider_than_the_column_has_a_line_of_its_own():
+    assert wrap("日本", 1) == ["日", "本"]
 
 
 def test_columns_stand_upright_under_wide_letters():

@@ -184,7 +184,7 @@ def test_a_prompt_and_a_response_out_of_an_answer(prompt, answer, expected):
         ("hi", [user("hi")], "ends with the assistant's"),
         ("hi", [], "a response is a string or a list of messages"),
         ("hi", None, "a response is a string or a list of messages.*None"),
-        ("hi", 7, "a response is a string or a list of messages.*is 7\."),
+        ("hi", 7, r"a response is a string or a list of messages.*is 7\."),
         ("hi", assistant("yes"), "a response is a string or a list of messages"),
         ("hi", [user("ho"), assistant("yes")], r"does not hold the prompt.*'ho'.*'hi'.*--data\.prompt_column"),
         (CONVERSATION, [user("hi"), assistant("a"), user("b"), assistant("c")], "does not hold the prompt"),

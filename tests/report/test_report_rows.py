@@ -1,7 +1,11 @@
 """What of a run's files gets into the page: columns with gaps, thinned texts, broken lines, names of runs."""
 
 import json
+import os
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from written_runs import HOSTILE, write_lines, write_run
@@ -10,6 +14,8 @@ from engine.report import report_page, write_report
 from engine.report.page import embedded, run_names
 from engine.report.rows import LONGEST_TEXT, MOST_POINTS, curves, rows_of, thinned
 from engine.report.run_folder_data import run_folder_data
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def data_of(page: str) -> dict:
@@ -115,3 +121,18 @@ def test_what_is_no_folder_and_what_cannot_be_written_are_told(tmp_path):
         write_report([tmp_path / "nowhere"])
     with pytest.raises(ValueError, match=r"cannot be written.*Name another --output"):
         write_report([tmp_path], tmp_path / "no" / "such" / "report.html")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match=r"cannot be written"):
+        write_report([tmp_path], tmp_path / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_the_command_writes_the_report_and_says_where(tmp_path):
+    write_run(tmp_path / "run", iterations=2)
+    command = [sys.executable, "launch/report.py"]
+    told = dict(cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run([*command, str(tmp_path / "run")], **told)
+    assert done.stdout.strip() == f"Report: {tmp_path / 'run' / 'report.html'}"
+    assert (tmp_path / "run" / "report.html").read_text().startswith("<!doctype html>")
+    failed = subprocess.run([*command, str(tmp_path / "none")], **told)
+    assert failed.returncode == 2 and "none is not a folder" in failed.stderr

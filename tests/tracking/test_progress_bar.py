@@ -4,10 +4,12 @@ import json
 import os
 import pty
 import re
+import select
 import subprocess
 import sys
 import termios
 from pathlib import Path
+from time import monotonic
 
 import pytest
 import ranks
@@ -38,10 +40,13 @@ def test_on_a_terminal_there_is_a_bar(tmp_path):
         [*COMMAND, str(tmp_path)], cwd=ranks.ROOT, env=ENVIRONMENT, stdout=terminal, stderr=terminal
     )
     os.close(terminal)
-    said = b""
-    while chunk := _read(main):
-        said += chunk
-    assert process.wait() == 0
+    try:
+        said = _read(main, timeout_s=120)
+        assert process.wait(timeout=120) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(main)
     text = said.decode()
     assert "iteration 1/4" not in text, "the lines are for where there is no terminal"
     for phase in ("generate", "score", "train", "save"):
@@ -52,11 +57,19 @@ def test_on_a_terminal_there_is_a_bar(tmp_path):
     assert re.search(r"\rWarning: iteration 2: hardly any response ends\.\r\n", text)
 
 
-def _read(descriptor: int) -> bytes:
-    try:
-        return os.read(descriptor, 65536)
-    except OSError:  # the other end is closed
-        return b""
+def _read(descriptor: int, *, timeout_s: float) -> bytes:
+    """All there is, until the other end is closed."""
+    said, deadline = b"", monotonic() + timeout_s
+    while True:
+        ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline - monotonic()))
+        assert ready, f"no end came, but {said!r}"
+        try:
+            chunk = os.read(descriptor, 65536)
+        except OSError:
+            return said
+        if not chunk:
+            return said
+        said += chunk
 
 
 def test_a_run_that_goes_on_counts_from_where_it_was(tmp_path, capsys):

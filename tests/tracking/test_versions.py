@@ -25,7 +25,7 @@ def test_versions_are_written(tmp_path):
 
 def test_the_commit_is_that_of_a_checkout_and_of_nothing_around_it(tmp_path):
     def git(*words: str) -> str:
-        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        who = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
         return subprocess.run(["git", "-C", tmp_path, *who, *words], capture_output=True, text=True, check=True).stdout
 
     assert git_commit(tmp_path) is None

@@ -47,7 +47,7 @@ function bytes(count) {
 // Colours of Okabe and Ito (report.css has their light and dark shades); lines of runs differ by their dashes too.
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 const DASHES = [[], [8, 4], [2, 3], [10, 3, 2, 3], [5, 2], [1, 2]];
-const lineStyle = (index) => ({ colour: `line-${index % 6}`, dash: DASHES[index % DASHES.length] });
+const lineStyle = (index) => ({ colour: `line-${index % 6}`, dash: DASHES[(index + Math.floor(index / 6)) % DASHES.length] });
 
 function swatch({ colour: name, dash }) {
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");

@@ -28,13 +28,13 @@ const MEANINGS = {
   "response/length_mean": "Tokens per response.",
   "response/eos_fraction": "Share of responses that end by themselves.",
   "eval/score_mean": "Mean score on the held-out prompts.",
-  "eval/win_rate": "Share of held-out prompts that score above the initial model; 0.5 is no change.",
+  "eval/win_rate": "Share of held-out prompts that score above the initial model, ties half; 0.5 is no change.",
   "eval/kl_ref_mean": "Nats per response, on the held-out prompts.",
-  "memory/peak_gib": "Most that one rank has allocated, and what the plan said.",
+  "memory/peak_gib": "Most that one rank has allocated (on a CPU: the whole process), and what the plan said.",
   "skipped/steps": "Optimizer steps left out since the start, for numbers that are not finite.",
 };
 const HEADLINES = ["score/mean", "eval/win_rate", "eval/accuracy", "eval/loss", "train/accuracy", "train/loss", "kl/ref_mean", "response/length_mean", "eval/score_mean", "eval/perplexity"];
-const PHASES = { generate: "phase-0", score: "phase-1", train: "phase-2", step: "phase-2", evaluate: "phase-3", save: "phase-4" };
+const PHASES = { generate: "phase-0", score: "phase-1", train: "phase-2", step: "phase-2" };
 
 // {x, y} of a metric of a run, wherever it is reported.
 function column(run, name) {
@@ -53,6 +53,7 @@ const sum = (ys) => ys.reduce((total, y) => total + (y ?? 0), 0);
 const seconds = (run) => sum(phasesOf(run).map((name) => sum(column(run, name).y) * run.metrics.rows_per_point));
 const lastIteration = (run) => run.metrics.x.at(-1) ?? 0;
 const modelOf = (run) => ["actor", "model", "reward"].map((role) => run.settings[`${role}.model_name_or_path`]).find(Boolean) ?? "not known: no config.yaml";
+const isSupervised = (run) => "train/loss" in run.metrics.columns;
 const lineOf = (run, name, found) => ({ label: several ? run.name : name, ...lineStyle(runs.indexOf(run)), ...found });
 const section = (id, title, ...children) => element("section", { id, "aria-labelledby": `${id}-title` }, element("h2", { id: `${id}-title` }, title), ...children);
 const missing = (sentence) => element("p", { class: "none" }, sentence);
@@ -71,12 +72,12 @@ function header() {
   const shown = HEADLINES.filter((name) => runs.some((run) => ends(run, name))).slice(0, 5);
   const change = (run, name) => { const found = ends(run, name); return found ? `${formatted(found[0])} → ${formatted(found[1])}` : "–"; };
   if (several) {
-    top.append(table("The runs, with metrics from first to last", ["run", "model", "iterations", "time", ...shown],
+    top.append(table("The runs, with metrics from first to last", ["run", "model", "iterations", "time in iterations", ...shown],
       runs.map((run, i) => [[swatch(lineStyle(i)), ` ${run.name}`], element("span", { class: "model", title: modelOf(run) }, modelOf(run).split("?")[0].split("/").slice(-2).join("/")), iterationsSaid(run), duration(seconds(run)), ...shown.map((name) => change(run, name))])));
   } else {
     const [run] = runs;
     top.append(element("p", { class: "model" }, modelOf(run)), element("dl", { class: "tiles" },
-      tile("iterations", iterationsSaid(run)), tile("time", duration(seconds(run)), run.versions?.device ? `${run.versions.world_size} × ${run.versions.device}` : null),
+      tile("iterations", iterationsSaid(run)), tile("time in iterations", duration(seconds(run)), run.versions?.device ? `${run.versions.world_size} × ${run.versions.device}` : null),
       shown.map((name) => tile(name, formatted(ends(run, name)[1]), `at first ${formatted(ends(run, name)[0])}`))));
   }
   const chosen = element("select", { id: "run", onchange: (event) => details(runs[Number(event.target.value)]) }, runs.map((run, i) => element("option", { value: i }, run.name)));
@@ -88,12 +89,16 @@ function header() {
 function health() {
   const found = runs.flatMap((run) => [
     ...run.warnings.map((row) => [run, row.iteration, row.warning ?? "", row.sentence ?? ""]),
+    ...(ends(run, "skipped/steps")?.[1] > 0 ? [[run, null, "skipped steps", `optimizer steps left out for numbers that are not finite: ${ends(run, "skipped/steps")[1]}.`]] : []),
     ...(run.quarantined ? [[run, null, "quarantine", `${run.quarantined} responses, with which a step could not be taken, are in quarantine.jsonl.`]] : []),
   ]);
+  const watched = runs.filter((run) => run.metrics.x.length && !isSupervised(run));
+  const unwatched = runs.filter((run) => !watched.includes(run)).map((run) => `${several ? `${run.name}: ` : ""}${isSupervised(run) ? "Supervised runs are not checked for signs of trouble." : "There are no metrics to find signs of trouble in."}`);
   const notes = runs.flatMap((run) => run.notes.map((note) => (several ? `${run.name}: ${note}` : note)));
   const warnings = found.slice(0, 200).map(([run, iteration, name, sentence]) => element("li", { class: "warning" }, element("span", { class: "sign", "aria-hidden": "true" }, "▲"),
     element("span", {}, element("b", {}, name), several ? ` (${run.name})` : "", iteration === null ? "" : ` from iteration ${iteration}`, ": ", sentence)));
-  return section("health", "Health", found.length ? element("ul", { class: "warnings" }, warnings) : element("p", { class: "healthy" }, "✓ No health warnings."),
+  return section("health", "Health", found.length ? element("ul", { class: "warnings" }, warnings) : watched.length === runs.length ? element("p", { class: "healthy" }, "✓ No health warnings.") : null,
+    unwatched.map(missing),
     found.length > 200 ? missing(`${found.length - 200} more are in warnings.jsonl.`) : null, notes.map((note) => element("p", { class: "explanation" }, note)));
 }
 
@@ -108,7 +113,7 @@ function metricChart(name) {
       const edge = (sign) => found.y.map((y, i) => (isNumber(y) && isNumber(deviation.y[i]) ? y + sign * deviation.y[i] : null));
       band.push({ x: found.x, high: edge(1), low: edge(-1), colour: lines.at(-1).colour });
     }
-    const planned = name === "memory/peak_gib" ? column(run, "memory/planned_gib") : null;
+    const planned = name === "memory/peak_gib" && run.memory_plan?.device !== "cpu" ? column(run, "memory/planned_gib") : null;
     if (planned) lines.push({ ...lineOf(run, name, planned), label: several ? `${run.name}, planned` : "planned", colour: "quiet", dash: [4, 4] });
   }
   const marks = [...new Set(runs.flatMap((run) => run.warnings.map((row) => row.iteration)))].slice(0, 50);
@@ -145,7 +150,7 @@ function time() {
   const colourOf = (phase) => PHASES[phase] ?? `phase-${(phases.indexOf(phase) + 3) % 7}`;
   const spent = (run, phase) => sum(column(run, `time/${phase}_s`)?.y ?? []) * run.metrics.rows_per_point;
   const most = Math.max(...timed.map(seconds));
-  const bars = timed.map((run) => bar(several ? run.name : "in all", phases.map((phase) => ({ label: phase, size: spent(run, phase), colour: colourOf(phase) })), most, duration));
+  const bars = timed.map((run) => bar(several ? run.name : "all phases", phases.map((phase) => ({ label: phase, size: spent(run, phase), colour: colourOf(phase) })), most, duration));
   const rows = timed.map((run) => [run.name, ...phases.map((phase) => `${duration(spent(run, phase))} (${Math.round((100 * spent(run, phase)) / seconds(run))} %)`), duration(seconds(run))]);
   const areas = timed.map((run) => {
     const found = new Map(phases.map((phase) => [phase, column(run, `time/${phase}_s`)]).filter(([, times]) => times));
@@ -156,7 +161,7 @@ function time() {
     });
     return chart(several ? `seconds per iteration, ${run.name}` : "seconds per iteration", null, lines, { stacked: true, unit: " s" });
   });
-  return section("time", "Time by phase", element("div", { class: "card" }, key(phases.map((phase) => [phase, colourOf(phase)])), bars), element("div", { class: "grid wide" }, areas), table("Time by phase", ["run", ...phases, "in all"], rows));
+  return section("time", "Time by phase", element("p", {}, "Of the iterations. Evaluation, saving and loading are not in it."), element("div", { class: "card" }, key(phases.map((phase) => [phase, colourOf(phase)])), bars), element("div", { class: "grid wide" }, areas), table("Time by phase", ["run", ...phases, "all phases"], rows));
 }
 
 function memory(run) {
@@ -177,11 +182,11 @@ function memory(run) {
 
 function evaluation(run) {
   const measured = names(run).filter((name) => name.startsWith("eval/") && ends(run, name));
-  if (!measured.length) return missing("The run was not evaluated on held-out data: there is no evaluation.jsonl.");
+  if (!measured.length) return missing(`The run was not evaluated on held-out data: there is ${isSupervised(run) ? "no eval/... in metrics.jsonl" : "no evaluation.jsonl"}.`);
   return [table("Before training and at the last evaluation", ["metric", "at first", "at last", "change"], measured.map((name) => {
     const [first, last] = ends(run, name);
     return [name, formatted(first), formatted(last), `${last > first ? "+" : ""}${formatted(last - first)}`];
-  })), element("h3", {}, "Responses beside the initial model's"), run.evaluation_samples.rows.length ? evaluationSamples(run) : missing("There are none: evaluation_samples.jsonl is missing or empty.")];
+  })), element("h3", {}, "Responses beside the initial model's"), isSupervised(run) ? missing("A supervised run writes no responses.") : run.evaluation_samples.rows.length ? evaluationSamples(run) : missing("There are none: evaluation_samples.jsonl is missing or empty.")];
 }
 
 function config(run) {

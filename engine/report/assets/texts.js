@@ -22,8 +22,8 @@ function samples(run) {
 
 function evaluationSamples(run) {
   const place = element("div", { class: "stack" });
-  const better = (row) => (row.score ?? 0) - (row.initial_score ?? 0);
-  const kinds = { "all prompts": () => true, "better than at first": (row) => better(row) > 0, "worse than at first": (row) => better(row) < 0, "the same score": (row) => better(row) === 0 };
+  const better = (row) => (isNumber(row.score) && isNumber(row.initial_score) ? row.score - row.initial_score : null);
+  const kinds = { "all prompts": () => true, "better than at first": (row) => better(row) > 0, "worse than at first": (row) => better(row) < 0, "the same score": (row) => better(row) === 0, "no score to compare": (row) => better(row) === null };
   let current = [];
   const choice = element("select", { "aria-label": "Which prompts", onchange: fill }, Object.keys(kinds).map((kind) => element("option", {}, kind)));
   const count = element("output", { class: "explanation" });
@@ -34,7 +34,7 @@ function evaluationSamples(run) {
       element("div", { class: "pair" },
         element("div", {}, element("h4", {}, "Initial model"), text(row.initial_response), element("p", { class: "chips" }, chip("score", formatted(row.initial_score)))),
         element("div", {}, element("h4", {}, "This run"), text(row.response), chipsOf(row,
-          better(row) > 0 ? chip("▲ better by", formatted(better(row)), "up") : better(row) < 0 ? chip("▼ worse by", formatted(-better(row)), "down") : chip("=", "same score")))))));
+          better(row) > 0 ? chip("▲ better by", formatted(better(row)), "up") : better(row) < 0 ? chip("▼ worse by", formatted(-better(row)), "down") : better(row) === 0 ? chip("=", "same score") : null))))));
   }
   const moved = slider("Iteration of the evaluation", run.evaluation_samples.rows, (_, rows) => { current = rows; fill(); });
   return [shownOf(run.evaluation_samples), moved, element("p", { class: "row" }, choice, count), place];

@@ -1,0 +1,52 @@
+"""`launch/plan.py`: what it says and refuses, in this process."""
+
+import sys
+
+import pytest
+import tiny
+import yaml
+
+from engine.config import as_dict, run
+from launch import plan
+
+
+@pytest.fixture
+def planned(tmp_path, monkeypatch, capsys):
+    """`planned(*flags)` -> exit code or message of the command for a tiny run, and what it printed."""
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(as_dict(tiny.ppo_config(tmp_path))))
+
+    def end_and_words(*flags: str):
+        given = ["--config", str(tmp_path / "run.yaml"), "--world_size", "2", "--device_memory", "1GiB", *flags]
+        monkeypatch.setattr(sys, "argv", ["plan.py", *given])
+        try:
+            run(plan.main)
+        except SystemExit as end:
+            return end.code, capsys.readouterr().out
+        return None, capsys.readouterr().out
+
+    return end_and_words
+
+
+def test_what_fits_is_said_to_with_what_is_left(planned):
+    code, said = planned("--host_memory", "1GiB")
+    assert code is None and "This fits, with 10% left free." in said and "Recommended:" in said
+
+
+def test_what_is_too_small_is_named(planned):
+    code, said = planned("--host_memory", "1MB")
+    verdict = next(line for line in said.splitlines() if "DOES NOT FIT" in line)
+    assert "a machine's own memory (" in verdict and "device" not in verdict and code == 1
+    _, said = planned("--device_memory", "1MB", "--host_memory", "1MB")
+    verdict = next(line for line in said.splitlines() if "DOES NOT FIT" in line)
+    assert "a rank's device (" in verdict and "of 0.95 MiB, 10% of which are left free" in verdict
+    assert " nor into a machine's own memory" in verdict
+
+
+@pytest.mark.parametrize("flag", ["world_size", "ranks_per_node"])
+def test_no_ranks_are_refused(planned, flag):
+    assert planned(f"--{flag}", "0") == (f"ValueError: {flag}=0 must be at least 1.", "")
+
+
+def test_help_lists_the_machine_and_names_the_place_of_the_rest(planned):
+    code, said = planned("--help")
+    assert code == 0 and "--host_memory" in said and "launch/train_ppo.py --help" in said
