@@ -19,7 +19,7 @@ UNITS = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6, "tib": 2**40, "tb
 
 def main() -> None:
     asked, others = arguments()
-    config = parse(PPOConfig, others)
+    config = parse(PPOConfig, [*others, "--output_dir", "nothing is written"])
     machine = Machine(
         world_size=asked.world_size,
         device_memory=in_bytes(asked.device_memory),

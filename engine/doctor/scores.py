@@ -23,6 +23,18 @@ def score_function(subject: Subject) -> Finding | None:
     return _told(name, scores)
 
 
+@with_remedy("Correct the function, or its name: --evaluation.metrics.")
+def evaluation_metrics(subject: Subject) -> Finding | None:
+    """Each is found."""
+    from engine.rollout.score_functions import load_score_function
+
+    if not (subject.is_ppo and subject.config.evaluation.metrics):
+        return None
+    for spec in subject.config.evaluation.metrics:
+        load_score_function(spec, setting="evaluation.metrics")
+    return ok(", ".join(subject.config.evaluation.metrics))
+
+
 @with_remedy("Start it (python launch/serve_scores.py serves a function), or correct --reward.url.")
 def score_service(subject: Subject) -> Finding | None:
     """It answers, with a score for each of the first two rows."""
@@ -80,4 +92,4 @@ def _told(name: str, scores) -> Finding:
     return ok(f"{name} scores the responses 'yes' and 'no' to the first rows {scores.tolist()}")
 
 
-CHECKS = [score_function, score_service, environment]
+CHECKS = [score_function, evaluation_metrics, score_service, environment]

@@ -38,6 +38,7 @@ class ModelStates:
         resident_buckets: whether these stay in memory.
         live_bytes: of layers that are whole while a pass goes through them (ZeRO-3).
         persistent_bytes: the part of `live_bytes` that always is.
+        left_bytes: the part of it that still is when a backward pass has ended.
         whole_bytes: of all weights, unsharded.
         building_bytes: more, while the engine is built.
         adding_bytes: more, while gradients are added up over ranks after a backward pass.
@@ -58,6 +59,7 @@ class ModelStates:
     buckets_bytes: int
     resident_buckets: bool
     live_bytes: int
+    left_bytes: int
     persistent_bytes: int
     whole_bytes: int
     building_bytes: int
@@ -93,7 +95,7 @@ def model_states(
     largest, second, *_ = *sorted((w.elements * w.bytes_each for w in weights), reverse=True), 0
     average = FP32 * sum(-(-w.elements // world_size) for w in trained) if role.averaged else 0
     stage, bucket = sharding.stage, min(sharding.bucket_elements, elements + elements % 2) * size
-    live = persistent = building = adding = stepping = host = buckets = 0
+    live = left = persistent = building = adding = stepping = host = buckets = 0
     gradients = optimizer = moments = 0
     if stage == 3:
         mine = sum(-(-w.elements // world_size) * w.bytes_each for w in weights)
@@ -101,7 +103,8 @@ def model_states(
         small = [w.elements * w.bytes_each for w in weights if w.elements <= sharding.persistent_elements]
         # The head is whole as long as a pass lasts, since the pass asks for it from outside of it, and so beside the
         # embedding.
-        persistent, live = sum(small), max(largest + second, min(whole, sum(small) + sharding.live_elements * size))
+        persistent, left = sum(small), max(largest + second, sum(small))
+        live = max(left, min(whole, sum(small) + sharding.live_elements * size))
         building = 2 * largest
         if trained:
             gradients, optimizer, moments = part * size, part * (FP32 + MOMENTS), part * MOMENTS
@@ -140,6 +143,7 @@ def model_states(
         average_bytes=average,
         buckets_bytes=buckets,
         live_bytes=live,
+        left_bytes=left,
         persistent_bytes=persistent,
         whole_bytes=whole,
         building_bytes=building,

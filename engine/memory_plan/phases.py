@@ -163,10 +163,12 @@ def _train(
         passing = {"weights made whole": _passing(of)}
         if config.kl_placement == "loss" and name == "actor" and "ref" in states:
             passing = {"weights made whole": _passing(of) + _passing(states["ref"])}
-        adding = {"adding up gradients": of.adding_bytes}
-        in_pass = _added(in_pass, passing, adding if of.adds_in_pass else {})
-        found.append(_added(in_pass, _activations(config, role, sizes, trained=True)))
-        found.append(in_pass if of.adds_in_pass else _added(in_pass, adding))
+        adding, activations = {"adding up gradients": of.adding_bytes}, _activations(config, role, sizes, trained=True)
+        if of.adds_in_pass:
+            found.append(_added(in_pass, passing, adding, activations))
+            continue
+        left = {"weights made whole": of.left_bytes - of.persistent_bytes}
+        found += [_added(in_pass, passing, activations), _added(in_pass, left, adding)]
     found.append({"gradients": held, "stepping": max(of.stepping_bytes for of in states.values())})
     return found
 

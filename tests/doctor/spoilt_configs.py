@@ -195,6 +195,7 @@ OF_CONFIGS = [
         lambda run: run.set(data__max_prompt_tokens=34, data__over_length="error"),
     ),
     ("score function", "failed", "importing no_module failed", lambda run: run.set(reward__function="no_module:f")),
+    ("evaluation metrics", "failed", "has no function none", lambda run: run.set(evaluation__metrics=["tiny:none"])),
     ("score function", "failed", "has no function none", lambda run: run.set(reward__function="tiny:none")),
     (
         "score function",
