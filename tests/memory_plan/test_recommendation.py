@@ -1,7 +1,6 @@
 """What is recommended for models of 1.5, 8 and 70 billion weights, and what is said where nothing fits."""
 
 import json
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -90,14 +89,11 @@ def test_auto_sets_stages_of_roles_that_have_none_and_refuses_what_does_not_fit(
         _settings(config, Machine(world_size=2, device_memory=1000), device="cpu")
 
 
-def test_auto_offloads_rather_than_change_sizes_and_names_others_where_the_host_is_small(tmp_path):
+def test_auto_rather_offloads_than_changes_sizes(tmp_path):
     config = config_of("llama-3.1-8b", tmp_path, zero_stage="auto")
-    machine = Machine(world_size=8, device_memory=48 * GIB, host_memory=1000 * GIB)
-    chosen = _settings(config, machine, device="cuda")
+    chosen = _settings(config, Machine(world_size=8, device_memory=48 * GIB), device="cuda")
     assert chosen["critic"] == {"ds_config": str(DS_CONFIGS / "zero3_offload.json")}
     assert chosen["actor"] == {"zero_stage": 3} and chosen["rollout"] == {"weights": "gathered"}
-    with pytest.raises(ValueError, match=r"(?s)finds no way for this run as it is set.*Set --micro_batch_size 1 "):
-        _settings(config, replace(machine, host_memory=18 * GIB), device="cuda")
 
 
 def test_nothing_is_offloaded_from_a_cpu(tmp_path):
