@@ -32,6 +32,7 @@ class Run:
             reward=dict(model_name_or_path=str(folder / "reward"), function="tiny:share_of_small_letters"),
             data=dict(train=str(folder / "rows.jsonl"), eval=str(folder / "held_out.jsonl"), max_prompt_tokens=64),
             rollout=dict(max_response_tokens=12),
+            evaluation=dict(metrics=["tiny:share_of_small_letters"]),
             tracking=dict(wandb="offline"),
             output_dir=str(folder / "out"),
             dtype="float32",

@@ -13,8 +13,11 @@ from launch import plan
 
 @pytest.fixture
 def planned(tmp_path, monkeypatch, capsys):
-    """`planned(*flags)` -> exit code or message of the command for a tiny run, and what it printed."""
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(as_dict(tiny.ppo_config(tmp_path))))
+    """`planned(*flags)` -> exit code or message of the command for a tiny run, and what it printed. The run's recipe
+    names no folder to write to.
+    """
+    recipe = {name: value for name, value in as_dict(tiny.ppo_config(tmp_path)).items() if name != "output_dir"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(recipe))
 
     def end_and_words(*flags: str):
         given = ["--config", str(tmp_path / "run.yaml"), "--world_size", "2", "--device_memory", "1GiB", *flags]
