@@ -185,7 +185,7 @@ def test_the_score_service_of_the_readme_answers(folder):
         words = ["python", "launch/train_ppo.py", "--config", "my_run.yaml", "--output_dir", "runs/service", *flags]
         run([*words, *SMALL["ppo"]], folder)
     finally:
-        server.send_signal(signal.SIGINT)
+        server.terminate()
         server.wait(timeout=30)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -392,4 +393,4 @@ def test_plain_transformers_gives_the_language_models_logprobs(
     torch.testing.assert_close(live["numbers"], wanted, rtol=1e-6, atol=2e-5)
     assert (wanted - torch.tensor([logprob(start, *row) for row in rows])).abs().max() > 1e-2, "it was trained"
     assert json.loads((folder / "config.json").read_text())["use_cache"] is True
-    assert "Metrics and the exported model" in live["printed"]
+    assert re.search(rf"models +{folder}\n", live["printed"]), "the end says where the model is"
