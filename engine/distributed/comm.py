@@ -32,8 +32,8 @@ warnings.filterwarnings("ignore", message="`torch.distributed.*` is deprecated",
 
 
 def init_distributed(*, timeout_s: int = 1800) -> None:
-    """Join the process group: NCCL on GPUs, gloo on CPUs. A script that `srun` starts is one rank of
-    its step; one without a launcher is the only rank.
+    """Join the process group: NCCL on GPUs, gloo on CPUs. A script that `srun` starts is one rank of its
+    step; one without a launcher is the only rank.
 
     Args:
         timeout_s: a rank that waits longer than this for the others gives up with an error.
