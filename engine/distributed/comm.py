@@ -25,6 +25,7 @@ from deepspeed.ops.op_builder.builder import OpBuilder
 from torch import Tensor
 
 from engine.distributed.builds import BUILD_QUEUE, FINISHED, LOCK, folder_of_builds
+from engine.distributed.host_memory import keep_freed_memory
 from engine.distributed.slurm import ranks_of_srun
 
 # DeepSpeed 0.19's own calls, which torch 2.13 wants renamed: nothing a user of this engine could act on.
@@ -48,6 +49,7 @@ def init_distributed(*, timeout_s: int = 1800) -> None:
             port = free.getsockname()[1]
         os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if get_accelerator().device_name() == "cpu":
+        keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
             cores = psutil.cpu_count(logical=False) or psutil.cpu_count()
             torch.set_num_threads(max(1, cores // ranks_on_node()))
