@@ -8,11 +8,11 @@ backward recomputes the logits of more than one chunk, since the gradient of a P
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from engine.algorithms.kl import full_kl
+from engine.algorithms.matrix_products import add_weight_gradient_, input_gradient, linear, weight_gradient
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float) -> Tensor:
@@ -140,8 +140,8 @@ def chunked_full_kl(
     _check_chunk_scalars(temperature, chunk_tokens)
     kl = _empty_per_token(hidden)
     for rows in _chunks(hidden, chunk_tokens):
-        logits = F.linear(hidden[rows], weight, bias)
-        ref_logits = F.linear(ref_hidden[rows], ref_weight, ref_bias)
+        logits = linear(hidden[rows], weight, bias)
+        ref_logits = linear(ref_hidden[rows], ref_weight, ref_bias)
         kl[rows] = full_kl(logits, ref_logits, temperature=temperature)
     return kl
 
@@ -287,13 +287,11 @@ class _ChunkGradients:
             self.bias += grad_logits.sum(0)
         grad_logits = grad_logits.to(hidden.dtype)
         if self.hidden is not None:
-            self.hidden[rows] = grad_logits @ weight
+            self.hidden[rows] = input_gradient(grad_logits, weight)
         if self.needs_weight and self.weight is None:  # the first chunk, and often the only one
-            self.weight = (grad_logits.t() @ hidden[rows]).to(self.dtype)
-        elif self.needs_weight and self.dtype == hidden.dtype:
-            self.weight.addmm_(grad_logits.t(), hidden[rows])
+            self.weight = weight_gradient(grad_logits, hidden[rows]).to(self.dtype)
         elif self.needs_weight:
-            self.weight += grad_logits.t() @ hidden[rows]
+            add_weight_gradient_(self.weight, grad_logits, hidden[rows])
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         _, weight, bias = self.inputs
@@ -321,7 +319,7 @@ def _chunk_logprobs(
 
 
 def _chunk_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    logits = F.linear(hidden, weight, bias)
+    logits = linear(hidden, weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits if temperature == 1 else logits.div_(temperature)
 

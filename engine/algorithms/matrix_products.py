@@ -1,0 +1,101 @@
+"""x Wᵀ in fp32 on a CPU, by the faster of the two libraries that torch has for it.
+
+torch takes MKL, which leaves the AVX-512 units of processors that are not Intel's unused: 91 GFLOP/s a core of an AMD
+EPYC, where oneDNN comes to 200 (forward and both gradients, 432 rows). oneDNN has no public name in torch for plain fp32
+tensors; `torch.ops.mkldnn._linear_pointwise` is what torch's own compiler calls, and
+`tests/algorithms/test_matrix_products.py` holds it.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+# Entries of W. A call of oneDNN's costs 10 us and one of MKL's 1: below, decoding a few rows would get slower.
+SMALLEST = 2**17
+
+
+def _onednn_is_faster() -> bool:
+    """Whether torch would take MKL, and this is an AMD processor with AVX-512."""
+    libraries = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    cpus = Path("/proc/cpuinfo")
+    is_amd = cpus.exists() and "AuthenticAMD" in cpus.read_text()
+    return libraries and is_amd and "AVX512" in torch.backends.cpu.get_cpu_capability()
+
+
+ONEDNN_IS_FASTER = _onednn_is_faster()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False) -> Tensor:
+    """`torch.nn.functional.linear` to rounding; differentiable once where oneDNN computes it.
+
+    Args:
+        x: (..., inputs).
+        weight: (outputs, inputs), or (inputs, outputs) if `transposed`.
+        bias: (outputs,) or None.
+    """
+    if not _by_onednn(x, weight, weight.numel()):
+        return F.linear(x, weight.t() if transposed else weight, bias)
+    if torch.is_grad_enabled() and any(of is not None and of.requires_grad for of in (x, weight, bias)):
+        return _OneDNNLinear.apply(x, weight, bias, transposed)
+    return _onednn(x, weight.t() if transposed else weight, bias)
+
+
+def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    """grad W, (..., outputs) and (outputs, inputs) -> (..., inputs): of `linear`'s `x`. Without gradient."""
+    return _onednn(grad, weight.t()) if _by_onednn(grad, weight, weight.numel()) else grad @ weight
+
+
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """gradᵀ x, (n, outputs) and (n, inputs) -> (outputs, inputs): of `linear`'s `weight`. Without gradient."""
+    by_onednn = _by_onednn(grad, x, grad.shape[1] * x.shape[1])
+    return _onednn(grad.t(), x.t()) if by_onednn else grad.t() @ x
+
+
+def add_weight_gradient_(total: Tensor, grad: Tensor, x: Tensor) -> None:
+    """total += gradᵀ x, of `total`'s dtype; in one step where torch can."""
+    if total.dtype != x.dtype or _by_onednn(grad, x, total.numel()):
+        total += weight_gradient(grad, x)
+    else:
+        total.addmm_(grad.t(), x)
+
+
+def _by_onednn(a: Tensor, b: Tensor, entries: int) -> bool:
+    return (
+        ONEDNN_IS_FASTER
+        and entries >= SMALLEST
+        and a.dtype == b.dtype == torch.float32
+        and a.device.type == b.device.type == "cpu"
+        and a.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a bᵀ + bias."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+
+
+class _OneDNNLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+        # The parameter and no view of it: ZeRO-3 empties and refills its .data, which only the saved leaf itself sees.
+        ctx.save_for_backward(x, weight)
+        ctx.transposed = transposed
+        return _onednn(x, weight.t() if transposed else weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        rows, x_rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        pair = (x_rows, rows) if ctx.transposed else (rows, x_rows)
+        return (
+            input_gradient(grad, weight.t() if ctx.transposed else weight) if needs_x else None,
+            weight_gradient(*pair) if needs_weight else None,
+            rows.sum(0) if needs_bias else None,
+            None,
+        )
