@@ -1,8 +1,8 @@
 """Whole weights out of ZeRO-3 shards, for the length of a block.
 
 DeepSpeed 0.19's private names are used here: `engine.optimizer.parameter_offload`, or of a frozen engine
-`engine.optimizer` itself (the owner of ZeRO-3's module hooks), its `forward_hooks`, `backward_hooks` and
-`_register_deepspeed_module`. `tests/distributed/test_gather.py` holds them.
+`engine.optimizer` itself (the owner of ZeRO-3's module hooks), its `fwd_pre_hook`, `forward_hooks` and
+`backward_hooks`. `tests/distributed/test_gather.py` holds them.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,6 +12,7 @@ import deepspeed
 from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from engine.distributed import comm
 from engine.distributed.initialize import Switched, parameter_bytes, stage_of
@@ -62,6 +63,17 @@ def gathered_for_scoring(*engines: DeepSpeedEngine | Switched) -> Iterator[None]
         yield
 
 
+def stay_whole(engine: DeepSpeedEngine, stay: bool) -> None:
+    """Say of a trained engine whether the weights that its next backward pass has whole under ZeRO-3 stay so afterwards,
+    for the next forward pass. They do where DeepSpeed's `stage3_max_live_parameters` has room for all of them.
+    """
+    if stage_of(engine) != 3 or engine.zero_max_live_parameters() < sum(p.ds_numel for p in engine.module.parameters()):
+        return
+    always = {id(parameter) for parameter in engine.optimizer.persistent_parameters}
+    for parameter in engine.module.parameters():
+        parameter.ds_persist = stay or id(parameter) in always
+
+
 def gathered(parameters: Iterable[nn.Parameter]):
     """These parameters whole, for reading, for the length of the block; no-op for parameters that are whole already.
 
@@ -81,13 +93,27 @@ def _unsharded(engine: DeepSpeedEngine) -> Iterator[None]:
     owner = engine.optimizer  # of a frozen engine, the owner itself
     zero3 = owner if isinstance(owner, DeepSpeedZeRoOffload) else owner.parameter_offload
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
-        for hook in (*zero3.forward_hooks, *zero3.backward_hooks):
-            hook.remove()
-        zero3.forward_hooks, zero3.backward_hooks = [], []
-        try:
+        with _lifted([zero3.fwd_pre_hook, *zero3.forward_hooks, *zero3.backward_hooks]):
             yield
-        finally:
-            zero3._register_deepspeed_module(zero3.module)
+
+
+@contextmanager
+def _lifted(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
+    """These hooks off for the length of the block, and back in their places afterwards. To DeepSpeed nothing has
+    happened: with hooks that are registered anew it would forget the order that it gathers layers in ahead of time,
+    and gather the weights of the next pass one by one.
+    """
+    tables = {id(table): table for table in (hook.hooks_dict_ref() for hook in hooks)}
+    before = [(table, dict(table)) for table in tables.values()]
+    for hook in hooks:
+        del hook.hooks_dict_ref()[hook.id]
+    try:
+        yield
+    finally:
+        for table, all_of_them in before:
+            added = dict(table)
+            table.clear()
+            table.update(all_of_them | added)
 
 
 def _check_it_fits(engine: DeepSpeedEngine) -> None:

@@ -13,6 +13,7 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from engine.distributed import comm
+from engine.distributed.gather import stay_whole
 from engine.distributed.initialize import stage_of
 
 
@@ -23,6 +24,7 @@ def accumulate(engine: DeepSpeedEngine, loss: Tensor, *, last: bool) -> None:
     multiplied by the number of ranks here, so that the parts add up. A collective.
     """
     engine.set_gradient_accumulation_boundary(last)
+    stay_whole(engine, not last)
     engine.backward(loss * comm.world_size(), scale_wrt_gas=False)
 
 
