@@ -64,8 +64,8 @@ def gathered_for_scoring(*engines: DeepSpeedEngine | Switched) -> Iterator[None]
 
 
 def stay_whole(engine: DeepSpeedEngine, stay: bool) -> None:
-    """Say of a trained engine whether the weights that its next backward pass has whole under ZeRO-3 stay so afterwards,
-    for the next forward pass. They do where DeepSpeed's `stage3_max_live_parameters` has room for all of them.
+    """Whether weights that a trained engine has whole under ZeRO-3 in its next backward pass stay whole afterwards, for
+    one more forward pass. They do not where DeepSpeed's `stage3_max_live_parameters` has no room for all of them.
     """
     if stage_of(engine) != 3 or engine.zero_max_live_parameters() < sum(p.ds_numel for p in engine.module.parameters()):
         return
