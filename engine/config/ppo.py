@@ -191,12 +191,10 @@ class PPOConfig:
             raise ValueError(f"kl_coef=0: kl_controller={self.kl_controller} multiplies it, and it would stay 0.")
         if self.policy_loss == "penalty" and self.penalty_coef == 0:
             raise ValueError("penalty_coef=0: policy_loss=penalty doubles or halves it, and it would stay 0.")
-        if self.rollout.logprobs == "drawn" and (
-            self.kl_estimator == "full" or (self.shared_trunk and self.has_critic)
-        ):
+        if self.rollout.logprobs == "drawn" and self.kl_estimator == "full":
             raise ValueError(
-                "rollout.logprobs=drawn saves a forward pass of the actor, which kl_estimator=full and a critic on a "
-                "shared trunk need all the same: leave it out."
+                "rollout.logprobs=drawn saves a forward pass of the actor, which kl_estimator=full needs all the same: "
+                "leave it out."
             )
 
     def _check_roles(self) -> None:

@@ -19,8 +19,9 @@ class RolloutConfig:
         micro_batch_size: responses decoded at the same time on one GPU; all of the rank's when not given.
         logprobs: the actor's log-probabilities of its responses, which PPO's ratios and the KL to the ref are taken to:
             `recomputed` in a forward pass over whole responses, as in training; or `drawn`, which the rollout comes
-            by, without that pass. The two differ by rounding, by some 1e-6 nats in float32; in 16 bits `drawn` is
-            refused. (`DeepSpeedPPOTrainer.step` is given responses alone, and computes.)
+            by, without that pass; so do the values of a shared trunk's head. The two differ by rounding, by some 1e-6
+            nats in float32; in 16 bits `drawn` is refused. (`DeepSpeedPPOTrainer.step` is given responses alone, and
+            computes.)
         weights: under ZeRO-3, `gathered` holds the whole actor on every rank during the rollout, and then one model
             after the other while responses are measured, where it takes at most half of the memory that is free (fast);
             `sharded` gathers every layer for every token and every pass, all ranks in step (slow, fits anywhere).

@@ -8,11 +8,12 @@ one rank or on eight, and whatever is decoded next to them.
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     TopKLogitsWarper,
@@ -20,6 +21,7 @@ from transformers.generation.logits_process import (
 )
 
 from engine.data.sequences import cut_by_length
+from engine.models.scalar_head import scalar_product
 from engine.rollout.kv_cache import is_preallocated, preallocated_cache
 
 
@@ -65,6 +67,7 @@ class Responses(NamedTuple):
     behaviour_logprobs: list[list[float]]  # of the distribution the token was drawn from, filters applied
     logprobs: list[list[float]]  # under the model, temperature applied and no filter
     entropy: list[list[float]]  # of the model's distribution, as in `logprobs`
+    values: list[list[float]]  # V before the token, of a value head; 0 without one
 
 
 def generate_responses(
@@ -85,6 +88,7 @@ def sampled_responses(
     micro_batch_size: int,
     prefill_tokens: int | None = None,
     limits: Sequence[int] | None = None,
+    value_head: nn.Linear | None = None,
     any_rank_active: Callable[[bool], bool] | None = None,
     on_token: Callable[[int, int], None] | None = None,
 ) -> Responses:
@@ -97,6 +101,7 @@ def sampled_responses(
         micro_batch_size: rows decoded at the same time.
         prefill_tokens: of prompts in one forward pass, padding included; those of all these rows when not given.
         limits: (rows,) tokens that each response may have at most, from 1; max_response_tokens when not given.
+        value_head: one that reads the states which the model's own head reads; whole.
         any_rank_active: a collective that says whether some rank still decodes. Without it ranks are independent.
         on_token: told each row's number and its next token as soon as it is drawn.
     """
@@ -107,14 +112,15 @@ def sampled_responses(
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     batches = [order[start : start + micro_batch_size] for start in range(0, len(order), micro_batch_size)]
     given = dict(sampling=sampling, eos_token_ids=eos_token_ids, prefill_tokens=prefill_tokens, device=device)
+    read = partial(_next_logits, model, value_head)
     for rows in batches:
         asked = _Asked(rows, [prompts[row] for row in rows], noise[rows], [limits[row] for row in rows])
-        found = _decoded(model, asked, any_rank_active=any_rank_active, on_token=on_token, **given)
+        found = _decoded(model.config, read, asked, any_rank_active=any_rank_active, on_token=on_token, **given)
         for of_all, of_these in zip(responses, found, strict=True):
             for row, numbers in zip(rows, of_these, strict=True):
                 of_all[row] = numbers
     while any_rank_active is not None and any_rank_active(False):
-        _idle_step(model, device)
+        _idle_step(read, device)
     return responses
 
 
@@ -136,8 +142,25 @@ class _Asked(NamedTuple):
     limits: list[int]  # tokens of each response at most
 
 
+class _Read(NamedTuple):
+    """What b rows have after the tokens that they were given."""
+
+    logits: Tensor  # (b, V) fp32
+    values: Tensor  # (b,) fp32, zeros without a value head
+
+
+def _next_logits(model: PreTrainedModel, value_head: nn.Linear | None, **given: Tensor | DynamicCache) -> _Read:
+    """One forward pass; its tokens are cached."""
+    if value_head is None:
+        logits = model(use_cache=True, logits_to_keep=1, **given).logits[:, -1].float()
+        return _Read(logits, logits.new_zeros(len(logits)))
+    hidden = model.base_model(use_cache=True, **given).last_hidden_state[:, -1]
+    return _Read(model.get_output_embeddings()(hidden).float(), scalar_product(hidden, value_head))
+
+
 def _decoded(
-    model: PreTrainedModel,
+    config: PreTrainedConfig,
+    read: Callable[..., _Read],
     asked: _Asked,
     *,
     sampling: Sampling,
@@ -156,18 +179,17 @@ def _decoded(
     drawn[0] = drawn[0].long()
     alive, lengths = torch.arange(count, device=device), torch.zeros(count, dtype=torch.int64, device=device)
 
-    def answer(input_ids: Tensor, mask: Tensor, position_ids: Tensor, cache: DynamicCache) -> Tensor:
+    def answer(input_ids: Tensor, mask: Tensor, position_ids: Tensor, cache: DynamicCache) -> _Read:
         if any_rank_active is not None:
             any_rank_active(True)
-        given = dict(attention_mask=mask, position_ids=position_ids, past_key_values=cache)
-        return model(input_ids=input_ids, use_cache=True, logits_to_keep=1, **given).logits[:, -1].float()
+        return read(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache)
 
-    logits, mask, cache = _prefilled(model, asked.prompts, longest, answer, tokens=prefill_tokens, device=device)
+    said, mask, cache = _prefilled(config, asked.prompts, longest, answer, tokens=prefill_tokens, device=device)
     position_ids, width = mask.sum(1, keepdim=True) - longest, mask.shape[1] - longest
     for step in range(longest):
         never = eos if step < sampling.min_response_tokens else None
-        new = _draw(logits, uniform[:, step], sampling, filters, never)
-        for column, numbers in zip(drawn, new, strict=True):
+        new = _draw(said.logits, uniform[:, step], sampling, filters, never)
+        for column, numbers in zip(drawn, (*new, said.values), strict=True):
             column[alive, step] = numbers
         lengths[alive] += 1
         tokens = new.tokens
@@ -182,7 +204,7 @@ def _decoded(
             alive, limit = alive[keep], limit[keep]
             cache.batch_select_indices(keep)
             tokens, mask, uniform, position_ids = tokens[keep], mask[keep], uniform[keep], position_ids[keep]
-        logits = answer(tokens[:, None], mask[:, : width + step + 1], position_ids, cache)
+        said = answer(tokens[:, None], mask[:, : width + step + 1], position_ids, cache)
         position_ids = position_ids + 1
     columns = (column.tolist() for column in drawn)
     ends = lengths.tolist()
@@ -190,14 +212,14 @@ def _decoded(
 
 
 def _prefilled(
-    model: PreTrainedModel,
+    config: PreTrainedConfig,
     prompts: list[Sequence[int]],
     room: int,
-    answer: Callable[..., Tensor],
+    answer: Callable[..., _Read],
     *,
     tokens: int | None,
     device: torch.device,
-) -> tuple[Tensor, Tensor, DynamicCache]:
+) -> tuple[_Read, Tensor, DynamicCache]:
     """Prompts of neighbouring lengths in passes of their own, for little padding, and one cache for all.
 
     Args:
@@ -205,18 +227,18 @@ def _prefilled(
         tokens: of one pass at most, padding included.
 
     Returns:
-        logits (b, V) after the prompts; the mask (b, widest + room), left-padded, response columns included: they are
+        what the prompts have after them; the mask (b, widest + room), left-padded, response columns included: they are
         filled before being read; the cache.
     """
     sizes = [len(prompt) for prompt in prompts]
     widest = max(sizes)
     mask = torch.arange(widest + room) >= widest - torch.tensor(sizes)[:, None]
-    cache = preallocated_cache(model.config, widest + room)
+    cache = preallocated_cache(config, widest + room)
     by_length = sorted(range(len(sizes)), key=lambda row: -sizes[row])
     parts = cut_by_length(by_length, sizes, token_budget=tokens or widest * len(sizes))
     if len(parts) == 1 or not is_preallocated(cache):
         parts = [range(len(sizes))]
-    logits = None
+    said = []
     for part in parts:
         rows = torch.tensor(part)
         width = max(sizes[row] for row in part)
@@ -225,13 +247,13 @@ def _prefilled(
             input_ids[line, width - sizes[row] :] = torch.as_tensor(prompts[row])
         own_mask = mask[rows, widest - width : widest].to(device)
         position_ids = (own_mask.cumsum(1) - 1).clamp(min=0)
-        own = cache if len(parts) == 1 else preallocated_cache(model.config, width)
-        said = answer(input_ids.to(device), own_mask, position_ids, own)
-        logits = said.new_empty(len(sizes), said.shape[1]) if logits is None else logits
-        logits[rows.to(device)] = said
+        own = cache if len(parts) == 1 else preallocated_cache(config, width)
+        said.append(answer(input_ids.to(device), own_mask, position_ids, own))
         for whole, layer in zip(cache.layers, own.layers, strict=True) if own is not cache else ():
             whole.take(rows.to(device), layer, of=len(sizes), length=widest)
-    return logits, mask.to(device), cache
+    places = torch.tensor([row for part in parts for row in part], device=device).argsort()
+    in_order = _Read(*(torch.cat(of_parts)[places] for of_parts in zip(*said, strict=True)))
+    return in_order, mask.to(device), cache
 
 
 def _filters(sampling: Sampling) -> LogitsProcessorList:
@@ -244,7 +266,7 @@ def _filters(sampling: Sampling) -> LogitsProcessorList:
 
 
 class _Draw(NamedTuple):
-    """(b,) each, named as in `Responses`."""
+    """(b,) each, named as in `Responses`, of which the values are missing."""
 
     tokens: Tensor
     behaviour_logprobs: Tensor
@@ -290,7 +312,7 @@ def _draw(
     return _Draw(tokens, *of_tokens, entropy=-(own_probabilities * own).sum(-1))
 
 
-def _idle_step(model: PreTrainedModel, device: torch.device) -> None:
+def _idle_step(read: Callable[..., _Read], device: torch.device) -> None:
     """A forward pass for the others' sake: under ZeRO-3 every layer's weights are gathered by all ranks or by none."""
     token = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    model(input_ids=token, position_ids=torch.zeros_like(token), use_cache=True, past_key_values=DynamicCache())
+    read(input_ids=token, position_ids=torch.zeros_like(token), past_key_values=DynamicCache())

@@ -45,6 +45,7 @@ class Drawn(NamedTuple):
     behaviour_logprobs: Tensor
     logprobs: Tensor
     entropy: Tensor
+    values: Tensor
 
 
 @torch.no_grad()
@@ -67,8 +68,8 @@ def measure(
     Args:
         drawn: from the rollout; None where nobody knows: the tokens then count as drawn by the actor's own
             distribution.
-        recomputed: the actor's log-probabilities and entropies come from a forward pass of its own and not from
-            `drawn`. The full KL, and values from the actor's own head, need one.
+        recomputed: the actor's log-probabilities and entropies, and values from a head of its own, come from a forward
+            pass and not from `drawn`. The full KL needs one.
         critic: None where advantages need no values, or where the actor has a value head.
         gather_weights: under ZeRO-3, hold one model after the other whole; see `gathered_for_scoring`.
     """
@@ -76,7 +77,7 @@ def measure(
         engine.eval()
     recomputed = recomputed or drawn is None
     of_actor = ("logprobs", "entropy") if recomputed else ()
-    of_critic = ("values",) if critic is not None or actor.module.has_value_head else ()
+    of_critic = ("values",) if critic is not None or (recomputed and actor.module.has_value_head) else ()
     names = ("ref_logprobs", *of_actor, *of_critic, *(("kl",) if kl_estimator == "full" else ()))
     mine = {name: torch.zeros(sequences.num_response_tokens, device=comm.device()) for name in names}
     given = dict(temperature=temperature, chunk_tokens=chunk_tokens)
@@ -110,11 +111,14 @@ def measure(
             for batch in batches:
                 ask(batch)
     together = comm.sum_over_ranks(torch.stack([mine[name] for name in names])).cpu()
-    found = ({} if drawn is None else drawn._asdict()) | dict(zip(names, together, strict=True))
+    found = {} if drawn is None else drawn._asdict()
+    if critic is None and not actor.module.has_value_head:
+        found["values"] = None
+    found |= dict(zip(names, together, strict=True))
     found.setdefault("behaviour_logprobs", found["logprobs"])
     if kl_estimator != "full":
         found["kl"] = sampled_kl(found["logprobs"], found["ref_logprobs"], estimator=kl_estimator)
-    return Measurements(**{"values": None} | found)
+    return Measurements(**found)
 
 
 def reward_model_scores(

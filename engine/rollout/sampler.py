@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.config import PPOConfig
 from engine.distributed import comm
-from engine.distributed.gather import gathered_for_generation, sharded_for_generation
+from engine.distributed.gather import gathered, gathered_for_generation, sharded_for_generation
 from engine.distributed.initialize import Engine
 from engine.models.loading import vocabulary_size
 from engine.rollout.generation import Responses, Sampling, noise_of_rows, sampled_responses
@@ -61,7 +61,9 @@ class Sampler:
         """
         config = self.config.rollout
         sharded = config.weights == "sharded"
-        with sharded_for_generation(self.actor) if sharded else gathered_for_generation(self.actor) as whole:
+        entered = sharded_for_generation(self.actor) if sharded else gathered_for_generation(self.actor)
+        value_head = self.actor.module.value_head if self.actor.module.has_value_head else None
+        with entered as whole, gathered([] if value_head is None else value_head.parameters()):
 
             def draw(prompts, keys, limits: Sequence[int] | None = None) -> Responses:
                 return sampled_responses(
@@ -73,6 +75,7 @@ class Sampler:
                     micro_batch_size=self.micro_batch_size,
                     prefill_tokens=self.config.micro_batch_tokens,
                     limits=limits,
+                    value_head=value_head,
                     any_rank_active=comm.any_true if sharded else None,
                 )
 

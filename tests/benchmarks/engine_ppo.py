@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from workload import ModelFolders, Workload, as_text, prompts, read_workload
 
+from engine.algorithms.matrix_products import linear
 from engine.config import (
     CriticConfig,
     DataConfig,
@@ -61,7 +62,7 @@ def ppo_config(
     dtype: str = "float32",
 ) -> PPOConfig:
     """One optimizer step per iteration on all responses; TRL's learning rate, KL coefficient, and log-probs of the
-    rollout's own (a shared trunk's come with its values, and in 16 bits they are computed again).
+    rollout's own (in 16 bits they are computed again).
     """
     models = ModelFolders.under(folder)
     lora = SteadyLoRAConfig(r=8) if shared_trunk else None
@@ -75,7 +76,7 @@ def ppo_config(
             max_response_tokens=workload.max_new_tokens,
             min_response_tokens=0 if workload.stops_at_eos else workload.max_new_tokens,
             temperature=workload.temperature,
-            logprobs="drawn" if dtype == "float32" and not shared_trunk else "recomputed",
+            logprobs="drawn" if dtype == "float32" else "recomputed",
         ),
         tracking=TrackingConfig(wandb="disabled"),
         output_dir=output_dir,
@@ -128,7 +129,8 @@ def timed_iteration(trainer: DeepSpeedPPOTrainer, batch: PromptBatch) -> Timing:
 
 
 def matmul_gflops(dtype: torch.dtype, seconds: float = 4.0) -> float:
-    """GFLOP/s of large matrix products, all ranks together and at once: each rank's median. A collective.
+    """GFLOP/s of large matrix products, all ranks together and at once: each rank's median, with the library that the
+    engine takes. A collective.
 
     What the processor keeps up: on a CPU the best single product, for which a core runs alone or faster than it can for
     long, is a fifth quicker. There 768^3 takes 8 ms at 110 GFLOP/s; where other programs take turns on the cores, most
@@ -141,7 +143,7 @@ def matmul_gflops(dtype: torch.dtype, seconds: float = 4.0) -> float:
     times, deadline = [], time.perf_counter() + seconds
     while time.perf_counter() < deadline:
         started = time.perf_counter()
-        a @ b
+        linear(a, b)
         if on_gpu:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)

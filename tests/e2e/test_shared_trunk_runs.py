@@ -70,6 +70,18 @@ def test_it_starts_at_its_ref_with_values_of_zero_and_leaves_both(run_ranks, tmp
     assert metrics[0]["lr/critic"] == 1e-2 and "grad_norm/critic" not in metrics[0]
 
 
+@pytest.mark.parametrize(("kind", "held"), [(0, "gathered"), ("strict", "gathered"), ("strict", "sharded")])
+def test_the_rollout_says_the_values_that_a_pass_of_their_own_says(run_ranks, tmp_path, kind, held):
+    """But for rounding; and no rank gathers what another does not."""
+    given = dict(rollout__temperature=0.7, rollout__weights=held, **tiny.sharding(kind, tmp_path))
+    drawn, recomputed = (
+        run_ranks(train, shared(tmp_path, rollout__logprobs=source, **given))[0]["metrics"]
+        for source in ("drawn", "recomputed")
+    )
+    assert 0 < furthest(drawn, recomputed) < 1e-3
+    assert abs(drawn[-1]["value/explained_variance"]) > 1e-3
+
+
 def what_changes(config):
     trainer, prompts = build(config)
     before = weights(trainer.actor)

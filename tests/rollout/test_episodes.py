@@ -55,7 +55,7 @@ def play(monkeypatch):
                 text = left[ids[0] - 2].pop(0)
                 said.append([*TOKENIZER(text)["input_ids"], EOS][:room])
             numbers = [[-float(len(turn))] * len(turn) for turn in said]
-            return Responses(said, numbers, numbers, [[0.5] * len(turn) for turn in said])
+            return Responses(said, numbers, numbers, *([[half] * len(turn) for turn in said] for half in (0.5, 0.25)))
 
         @contextmanager
         def drawing():
@@ -112,7 +112,7 @@ def test_the_environment_ends_each_episode_in_its_own_turn(play):
     assert whole(found, 1) == "b<eos>\nuser: ok<eos>\nassistant: cd<eos>"
     assert [TOKENIZER.decode(ids) for ids in found.drawn.tokens] == ["a<eos>", "b<eos>cd<eos>", "e<eos>f<eos>g<eos>"]
     assert found.drawn.logprobs[1] == found.drawn.behaviour_logprobs[1] == [-2.0] * 2 + [-3.0] * 3
-    assert found.drawn.entropy[2] == [0.5] * 6
+    assert found.drawn.entropy[2] == [0.5] * 6 and found.drawn.values[2] == [0.25] * 6
     assert found.sequences.gaps.tolist() == [0, 0, 0, 0, BETWEEN + 2, 0, 0, 0, 0, *[BETWEEN + 2, 0] * 2]
     assert [len(call["asked"]) for call in calls] == [3, 2, 1]
     assert (
@@ -163,7 +163,7 @@ def test_the_prompts_messages_stay_as_they_are(play):
 
 def test_no_prompts(play):
     found, calls = play(Forever)
-    assert (*found.drawn, found.conversations, calls) == ([], [], [], [], [], []) and len(found.sequences) == 0
+    assert (*found.drawn, found.conversations, calls) == ([], [], [], [], [], [], []) and len(found.sequences) == 0
 
 
 def test_a_reply_that_is_not_unicode_is_the_environments_fault(play):

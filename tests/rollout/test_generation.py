@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from engine.data.sequences import Sequences
 from engine.models.language_model import load_language_model
 from engine.models.random_init import byte_tokenizer
+from engine.models.shared_trunk import SharedTrunk
 from engine.rollout import generation
 from engine.rollout.generation import (
     Responses,
@@ -75,13 +76,14 @@ def sample(
     noise=None,
     limits=None,
     on_token=None,
+    value_head=None,
     **sampling,
 ):
     sampling = Sampling(**dict(max_response_tokens=16) | sampling)
     if noise is None:
         noise = noise_of_rows([(seed, row) for row in range(len(asked))], sampling.max_response_tokens)
     given = dict(sampling=sampling, eos_token_ids=eos, micro_batch_size=micro_batch_size, limits=limits)
-    given |= dict(prefill_tokens=prefill_tokens, on_token=on_token)
+    given |= dict(prefill_tokens=prefill_tokens, on_token=on_token, value_head=value_head)
     return sampled_responses(model.model, asked, noise, **given)
 
 
@@ -476,6 +478,21 @@ def test_logprobs_while_sampling_are_those_of_the_update(loaded, family):
     torch.testing.assert_close(handed_out["logprobs"], wanted, atol=1e-5, rtol=0)
     torch.testing.assert_close(handed_out["behaviour_logprobs"], wanted, atol=1e-5, rtol=0)
     torch.testing.assert_close(handed_out["entropy"], updated.entropy, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_values_while_sampling_are_those_of_the_update(loaded, family):
+    """Of the state before each token, as `SharedTrunk` says them; and nothing else is said than without a head."""
+    model, value_head = loaded[family], torch.nn.Linear(32, 1, bias=False)
+    trunk = SharedTrunk(model.model, value_head=value_head)
+    given = dict(eos=MANY_EOS, temperature=0.7, prefill_tokens=24, micro_batch_size=5)
+    found, plain = sample(model, prompts(), value_head=value_head, **given), sample(model, prompts(), **given)
+    batch = Sequences.of(prompts(), found.tokens).padded(torch.arange(8), torch.device("cpu"))
+    with torch.no_grad():
+        updated = trunk(batch.input_ids, batch.positions, batch.targets, temperature=0.7, chunk_tokens=7)
+    assert updated.values.std() > 0.1
+    torch.testing.assert_close(torch.tensor(list(chain(*found.values))), updated.values, atol=1e-4, rtol=0)
+    assert found[:-1] == plain[:-1] and not any(chain(*plain.values))
 
 
 def test_filters_change_what_a_token_was_drawn_with_and_not_what_the_model_says_of_it():
