@@ -1,7 +1,7 @@
 """The actor as it writes responses in a run: with the run's settings, gathered or from its shards."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from transformers import PreTrainedTokenizerBase
 
@@ -9,6 +9,7 @@ from engine.config import PPOConfig
 from engine.distributed import comm
 from engine.distributed.gather import gathered, gathered_for_generation, sharded_for_generation
 from engine.distributed.initialize import Engine
+from engine.models.linear_layers import packed_weights
 from engine.models.loading import vocabulary_size
 from engine.rollout.generation import Responses, Sampling, noise_of_rows, sampled_responses
 
@@ -63,7 +64,11 @@ class Sampler:
         sharded = config.weights == "sharded"
         entered = sharded_for_generation(self.actor) if sharded else gathered_for_generation(self.actor)
         value_head = self.actor.module.value_head if self.actor.module.has_value_head else None
-        with entered as whole, gathered([] if value_head is None else value_head.parameters()):
+        with (
+            entered as whole,
+            gathered([] if value_head is None else value_head.parameters()),
+            nullcontext() if sharded else packed_weights(whole),
+        ):
 
             def draw(prompts, keys, limits: Sequence[int] | None = None) -> Responses:
                 return sampled_responses(
