@@ -65,12 +65,16 @@ def gathered_for_scoring(*engines: DeepSpeedEngine | Switched) -> Iterator[None]
 
 def stay_whole(engine: DeepSpeedEngine, stay: bool) -> None:
     """Whether weights that a trained engine has whole under ZeRO-3 in its next backward pass stay whole afterwards, for
-    one more forward pass. They do not where DeepSpeed's `stage3_max_live_parameters` has no room for all of them.
+    one more forward pass. They do not where DeepSpeed's `stage3_max_live_parameters` has no room for all of them, nor
+    where they live in host memory.
     """
-    if stage_of(engine) != 3 or engine.zero_max_live_parameters() < sum(p.ds_numel for p in engine.module.parameters()):
+    if stage_of(engine) != 3 or engine.zero_offload_param() is not None:
+        return
+    parameters = list(engine.module.parameters())
+    if sum(parameter.ds_numel for parameter in parameters) > engine.zero_max_live_parameters():
         return
     always = {id(parameter) for parameter in engine.optimizer.persistent_parameters}
-    for parameter in engine.module.parameters():
+    for parameter in parameters:
         parameter.ds_persist = stay or id(parameter) in always
 
 
