@@ -36,6 +36,12 @@ OPT = f"random://opt?{_SIZES}&ffn_dim=64&word_embed_proj_dim=32&max_position_emb
 _WIDE = "hidden_size=64&num_hidden_layers=2&num_attention_heads=4&num_key_value_heads=2&intermediate_size=128"
 WIDE_LLAMA = f"random://llama?{_WIDE}&max_position_embeddings=512"
 WIDE_GPT2 = "random://gpt2?n_embd=64&n_layer=2&n_head=4&n_positions=512"
+# Six weights that ZeRO-3's own defaults shard (above 100 000 entries) and that large products are taken of (2^17).
+LARGE_LLAMA = (
+    "random://llama?hidden_size=256&num_hidden_layers=2&num_attention_heads=4&num_key_value_heads=2"
+    "&intermediate_size=768&max_position_embeddings=512"
+)
+LARGE_GPT2 = "random://gpt2?n_embd=256&n_layer=2&n_head=4&n_positions=512"
 MODELS = dict(llama=LLAMA, qwen2=QWEN2, gpt2=GPT2, opt=OPT)
 
 STRICT_Z3 = {

@@ -2,7 +2,8 @@
 
 DeepSpeed 0.19's private names are used here: `engine.optimizer.parameter_offload`, or of a frozen engine
 `engine.optimizer` itself (the owner of ZeRO-3's module hooks), its `fwd_pre_hook`, `forward_hooks` and
-`backward_hooks`. `tests/distributed/test_gather.py` holds them.
+`backward_hooks`; and a parameter's `ds_active_sub_modules`, which keep it whole.
+`tests/distributed/test_gather.py` holds them.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,8 @@ from torch.utils.hooks import RemovableHandle
 from engine.distributed import comm
 from engine.distributed.initialize import Switched, parameter_bytes, stage_of
 from engine.models.modes import eval_mode
+
+NO_MODULE = -1  # among the numbers of modules
 
 
 @contextmanager
@@ -73,9 +76,8 @@ def stay_whole(engine: DeepSpeedEngine, stay: bool) -> None:
     parameters = list(engine.module.parameters())
     if sum(parameter.ds_numel for parameter in parameters) > engine.zero_max_live_parameters():
         return
-    always = {id(parameter) for parameter in engine.optimizer.persistent_parameters}
     for parameter in parameters:
-        parameter.ds_persist = stay or id(parameter) in always
+        (parameter.ds_active_sub_modules.add if stay else parameter.ds_active_sub_modules.discard)(NO_MODULE)
 
 
 def gathered(parameters: Iterable[nn.Parameter]):

@@ -10,13 +10,15 @@ import tiny
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from engine.distributed import comm
+from engine.distributed import comm, optimization
 from engine.distributed.gather import (
     gathered_for_generation,
     gathered_for_scoring,
     is_sharded,
     sharded_for_generation,
 )
+from engine.distributed.optimization import step_together
+from engine.models.random_init import local_name
 from engine.rollout.generation import Sampling, generate_responses, noise_of_rows
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
@@ -37,6 +39,11 @@ def generate(whole, tokens: int, *, temperature=0.7, micro_batch_size=4, in_step
 
 def all_sharded(engine) -> bool:
     return all(is_sharded(parameter) for parameter in engine.module.parameters())
+
+
+def all_gathers(seen: profile) -> int:
+    names = [event.name.lower() for event in seen.events()]
+    return sum(name.startswith("c10d::") and "allgather" in name.replace("_", "") for name in names)
 
 
 # Unequal lengths
@@ -79,10 +86,7 @@ def compare_and_count(strict_z3):
         for weights, enter in (("gathered", gathered_for_generation), ("sharded", sharded_for_generation)):
             with profile(activities=[ProfilerActivity.CPU]) as seen, enter(engine) as whole:
                 said[weights, tokens] = generate(whole, tokens, temperature=0)
-            names = [event.name.lower() for event in seen.events()]
-            said["all-gathers", weights, tokens] = sum(
-                name.startswith("c10d::") and "allgather" in name.replace("_", "") for name in names
-            )
+            said["all-gathers", weights, tokens] = all_gathers(seen)
     return said
 
 
@@ -104,8 +108,7 @@ def passes_and_gathers(engine, gather: bool, passes: int = 3):
             whole.enter_context(gathered_for_scoring(engine))
         asked = (batch.input_ids, batch.positions, batch.targets)
         said = [engine(*asked, temperature=1.0, chunk_tokens=8).logprobs for _ in range(passes)]
-    names = [event.name.lower() for event in seen.events()]
-    return said, sum(name.startswith("c10d::") and "allgather" in name.replace("_", "") for name in names)
+    return said, all_gathers(seen)
 
 
 def score_gathered_and_sharded(strict_z3):
@@ -230,3 +233,150 @@ def test_too_little_memory_on_one_rank_is_refused_on_all(run_ranks, strict_z3):
         assert "GiB" in said
         assert sharded
         assert training
+
+
+# What a training step gathers
+
+STEPS = 4
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def large(request) -> str:
+    """A model of which ZeRO-3 shards the six large weights, and GPT-2's positions, under ds_configs/ as well."""
+    name = dict(llama=tiny.LARGE_LLAMA, gpt2=tiny.LARGE_GPT2)[request.param]
+    local_name(name)  # made here: under ZeRO-3 the ranks would wait for each other
+    return name
+
+
+def shards(engine) -> int:
+    return sum(is_sharded(parameter) for parameter in engine.module.parameters())
+
+
+def step_and_count(engine, micro_batch_size: int, seed: int = 0) -> dict[str, int]:
+    """One optimizer step: all-gathers of its passes, shards before the step and after it."""
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        engines.backward(engine, engines.policy_loss, engines.rows(seed=seed), micro_batch_size=micro_batch_size)
+    before = shards(engine)
+    assert step_together([engine], healthy=True) is not None
+    return {"gathers": all_gathers(seen), "before": before, "after": shards(engine)}
+
+
+def large_ones(weights) -> int:
+    return sum(weight.numel() > 100_000 for weight in weights.values())
+
+
+def train_and_count(name, ds_config, sizes, switched_off=False):
+    """A step for each of these sizes of micro-batches: what it gathers; then what is said and the weights."""
+    with pytest.MonkeyPatch.context() as patch:
+        if switched_off:
+            patch.setattr(optimization, "stay_whole", lambda engine, stay: None)
+        engine = engines.actor(name, ds_config)
+        steps = [step_and_count(engine, size, seed) for seed, size in enumerate(sizes)]
+        said = engines.said_live(engine, "actor")
+        return steps, said, engines.weights(engine)
+
+
+def test_a_step_gathers_once_and_not_per_micro_batch(run_ranks, strict_z3, large):
+    """Of four micro-batches; the first step learns the order."""
+    zero3, stage0 = engines.ds_file(3, strict_z3), engines.ds_file(0, strict_z3)
+    sizes = [1] * STEPS
+    kept = run_ranks(train_and_count, large, zero3, sizes)
+    again = run_ranks(train_and_count, large, zero3, sizes, True)
+    whole = run_ranks(train_and_count, large, stage0, sizes)
+    for (steps, said, weights), (plain, same_said, same_weights), (_, said0, _) in zip(kept, again, whole, strict=True):
+        number = large_ones(weights)
+        assert number == (7 if "gpt2" in large else 6)
+        assert [step["gathers"] for step in steps[1:]] == [1] * (STEPS - 1)
+        assert all(step["gathers"] >= 4 for step in plain), "switched off, every micro-batch gathers"
+        assert all(step["after"] == number for step in (*steps, *plain)), "sharded again"
+        assert torch.equal(said, same_said)
+        assert all(torch.equal(weight, same_weights[name]) for name, weight in weights.items())
+        # What was gathered before a step is not what the next forward pass computes with.
+        torch.testing.assert_close(said, said0, rtol=0, atol=2e-5)
+
+
+def test_strict_zero3_gathers_in_every_pass(run_ranks, strict_z3, large):
+    """Control: no room for live parameters, so nothing stays."""
+    of_four, of_one = (
+        run_ranks(train_and_count, large, engines.ds_file("strict", strict_z3), [size] * 3)[0] for size in (1, 4)
+    )
+    steps, _, weights = of_four
+    for four, one in zip(steps[1:], of_one[0][1:], strict=True):
+        assert one["gathers"] > 1
+        assert four["gathers"] == 4 * one["gathers"]
+    assert all(step["before"] == step["after"] == len(weights) for step in steps)
+
+
+@pytest.mark.parametrize("sizes", [[2] * 4, [4, 4, 4, 1, 1]], ids=["two micro-batches", "four after one"])
+def test_a_step_gathers_once_whatever_was_before_it(run_ranks, strict_z3, sizes):
+    local_name(tiny.LARGE_LLAMA)
+    ds_config = engines.ds_file(3, strict_z3)
+    steps, _, _ = run_ranks(train_and_count, tiny.LARGE_LLAMA, ds_config, sizes)[0]
+    assert [step["gathers"] for step in steps[1:]] == [1] * (len(sizes) - 1)
+
+
+def test_the_last_backward_pass_leaves_shards(run_ranks, strict_z3, large):
+    """And not only the optimizer step after it: between the two there are gradients of the whole model."""
+    steps, _, weights = run_ranks(train_and_count, large, engines.ds_file(3, strict_z3), [1] * STEPS)[0]
+    assert [step["before"] for step in steps] == [large_ones(weights)] * STEPS
+
+
+# DeepSpeed's hooks and the order it has learnt, across a block
+
+
+def hooks_of(engine) -> list[tuple[int, object]]:
+    """Every hook of every module, in the order that they are called in."""
+    tables = ("_forward_pre_hooks", "_forward_hooks")
+    return [item for of in engine.module.modules() for table in tables for item in getattr(of, table).items()]
+
+
+def passes_around_blocks(name, ds_config):
+    """All-gathers of a step of one micro-batch, warmed up, after blocks of both kinds, and with hooks made anew."""
+    engine = engines.actor(name, ds_config)
+    warm = [step_and_count(engine, 4, seed)["gathers"] for seed in range(3)]
+    zero3, hooks = engine.optimizer.parameter_offload, hooks_of(engine)
+    others = len(hooks) - len([zero3.fwd_pre_hook, *zero3.forward_hooks, *zero3.backward_hooks])
+    after, lifted, put_back = [], [], []
+    for enter in (gathered_for_generation, gathered_for_scoring, gathered_for_generation):
+        with enter(engine):
+            lifted.append(len(hooks_of(engine)) == others < len(hooks))
+        put_back.append(hooks_of(engine) == hooks)
+        after.append(step_and_count(engine, 4)["gathers"])
+    for hook in (*zero3.forward_hooks, *zero3.backward_hooks):
+        hook.remove()
+    zero3.forward_hooks, zero3.backward_hooks = [], []
+    zero3._register_deepspeed_module(zero3.module)
+    return warm, after, lifted + put_back, step_and_count(engine, 4)["gathers"]
+
+
+@pytest.mark.parametrize("kind", [3, "strict"])
+def test_the_order_of_gathers_survives_a_block(run_ranks, strict_z3, kind, large):
+    for warm, after, lifted_and_put_back, anew in run_ranks(
+        passes_around_blocks, large, engines.ds_file(kind, strict_z3)
+    ):
+        assert warm[1] == warm[2] <= warm[0]
+        assert all(count <= warm[2] + 1 for count in after), "one for the small ones, which a block shards as well"
+        assert all(lifted_and_put_back)
+        if kind == 3:
+            assert warm[2] == 1 and anew >= 6, "made anew, weights come one by one"
+
+
+def hook_added_inside(strict_z3):
+    """How often it is called in the pass after the block, whether that sharded, whether it is the last, and the others'
+    places once it is gone.
+    """
+    engine, called = engines.actor(tiny.LLAMA, strict_z3), []
+    before = hooks_of(engine)
+    with gathered_for_generation(engine):
+        added = engine.module.register_forward_hook(lambda *_: called.append(1))
+    engines.said_live(engine, "actor")
+    calls, sharded = len(called), all_sharded(engine)
+    last = list(engine.module._forward_hooks)[-1] == added.id
+    added.remove()
+    return calls, sharded, last, hooks_of(engine) == before
+
+
+def test_a_hook_that_is_added_inside_a_block_stays(run_ranks, strict_z3):
+    for calls, sharded, last, as_before in run_ranks(hook_added_inside, engines.ds_file("strict", strict_z3)):
+        assert calls == 1
+        assert sharded and last and as_before
