@@ -17,7 +17,7 @@ import torch
 {before}
 def touch():
     torch.empty(2**24).fill_(1.0)
-for _ in range(8):
+for _ in range(20):
     touch()
 start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(4):
