@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from engine.algorithms.kl import full_kl
-from engine.algorithms.matrix_products import add_weight_gradient_, input_gradient, linear, weight_gradient
+from engine.algorithms.matrix_products import input_gradient, linear, weight_gradient
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float) -> Tensor:
@@ -290,8 +290,10 @@ class _ChunkGradients:
             self.hidden[rows] = input_gradient(grad_logits, weight)
         if self.needs_weight and self.weight is None:  # the first chunk, and often the only one
             self.weight = weight_gradient(grad_logits, hidden[rows]).to(self.dtype)
+        elif self.needs_weight and self.dtype == hidden.dtype:
+            self.weight.addmm_(grad_logits.t(), hidden[rows])
         elif self.needs_weight:
-            add_weight_gradient_(self.weight, grad_logits, hidden[rows])
+            self.weight += weight_gradient(grad_logits, hidden[rows])
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         _, weight, bias = self.inputs

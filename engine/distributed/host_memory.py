@@ -10,6 +10,7 @@ import os
 # glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT_BYTES = 2**30
+KEPT_BYTES_BEFORE_2_35 = 2**25  # the most that older versions of glibc take
 
 
 def keep_freed_memory() -> None:
@@ -22,5 +23,5 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or tuned:
         return
-    mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
-    mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+    if mallopt(M_MMAP_THRESHOLD, KEPT_BYTES) or mallopt(M_MMAP_THRESHOLD, KEPT_BYTES_BEFORE_2_35):
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)

@@ -13,7 +13,7 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from engine.distributed import comm
-from engine.distributed.gather import stay_whole
+from engine.distributed.gather import shard_again, stay_whole
 from engine.distributed.initialize import stage_of
 
 
@@ -26,6 +26,8 @@ def accumulate(engine: DeepSpeedEngine, loss: Tensor, *, last: bool) -> None:
     engine.set_gradient_accumulation_boundary(last)
     stay_whole(engine, not last)
     engine.backward(loss * comm.world_size(), scale_wrt_gas=False)
+    if last:
+        shard_again(engine)  # those too that the backward pass had no business with
 
 
 def step_together(engines: Sequence[DeepSpeedEngine], *, healthy: bool) -> list[float] | None:

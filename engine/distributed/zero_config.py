@@ -72,6 +72,8 @@ class Sharding:
         buckets: so many of them there are at a time.
         live_elements: of weights that stay whole under ZeRO-3 while a pass goes through the layers, at most, but for
             one layer.
+        kept_elements: a trained model of no more weights than these keeps them whole from one micro-batch of a step to
+            the next (`stay_whole`).
         persistent_elements: a weight of no more than these is always whole under ZeRO-3.
         group_elements: under ZeRO-3, so many are stepped at a time.
     """
@@ -82,6 +84,7 @@ class Sharding:
     bucket_elements: int
     buckets: int
     live_elements: int
+    kept_elements: int
     persistent_elements: int
     group_elements: int
 
@@ -100,6 +103,7 @@ def sharding_of(config: dict[str, Any]) -> Sharding:
         bucket_elements=zero.reduce_bucket_size,
         buckets=2 if zero.overlap_comm and zero.stage < 3 else 1,
         live_elements=zero.max_live_parameters + zero.prefetch_bucket_size,
+        kept_elements=zero.max_live_parameters if zero.offload_param is None else 0,
         persistent_elements=zero.param_persistence_threshold,
         group_elements=zero.sub_group_size,
     )

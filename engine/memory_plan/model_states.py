@@ -38,7 +38,7 @@ class ModelStates:
         resident_buckets: whether these stay in memory.
         live_bytes: of layers that are whole while a pass goes through them (ZeRO-3).
         persistent_bytes: the part of `live_bytes` that always is.
-        left_bytes: the part of it that still is when a backward pass has ended.
+        left_bytes: the part of it that still is when a backward pass has ended, and the step goes on.
         whole_bytes: of all weights, unsharded.
         building_bytes: more, while the engine is built.
         adding_bytes: more, while gradients are added up over ranks after a backward pass.
@@ -109,6 +109,7 @@ def model_states(
         if trained:
             gradients, optimizer, moments = part * size, part * (FP32 + MOMENTS), part * MOMENTS
             buckets, stepping = bucket, FP32 * min(part, sharding.group_elements)
+            left = whole if sum(w.elements for w in weights) <= sharding.kept_elements else left
             adding = bucket * (2 if device == "cpu" else 1)  # in the order of the ranks; gloo sums a copy of that
             building = max(building, stepping)
         kept = mine

@@ -111,14 +111,16 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
+            if isinstance(tensor, Tensor) and tensor.is_mkldnn:  # packed weights show no storage
+                self._count(tensor, id(tensor), tensor.nbytes)
+            elif isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self._count(storage, storage._cdata, storage.nbytes())
         return result
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+    def _count(self, held: Tensor | torch.UntypedStorage, key: int, size: int) -> None:
         if key not in self.known:
-            self.known[key] = weakref.ref(storage, lambda _: self._freed(key, size))
+            self.known[key] = weakref.ref(held, lambda _: self._freed(key, size))
             self.live += size
             self.peak = max(self.peak, self.live)
 

@@ -107,7 +107,7 @@ def measure(
     passes += [(ask_critic, [critic])] if critic is not None else []
     batches = list(my_micro_batches(sequences, token_budget=token_budget))
     for ask, asked in passes:
-        with gathered_for_scoring(*asked) if gather_weights else nullcontext(), _held(*asked):
+        with gathered_for_scoring(*asked, gather=gather_weights), _held(*asked):
             for batch in batches:
                 ask(batch)
     together = comm.sum_over_ranks(torch.stack([mine[name] for name in names])).cpu()
@@ -130,7 +130,7 @@ def reward_model_scores(
         gather_weights: as for `measure`.
     """
     reward.eval()
-    with gathered_for_scoring(reward) if gather_weights else nullcontext(), _held(reward):
+    with gathered_for_scoring(reward, gather=gather_weights), _held(reward):
         return one_number_per_row(
             lambda batch: reward(batch.input_ids, batch.last_positions), sequences, token_budget=token_budget
         )

@@ -63,7 +63,8 @@ class Sampler:
         config = self.config.rollout
         sharded = config.weights == "sharded"
         entered = sharded_for_generation(self.actor) if sharded else gathered_for_generation(self.actor)
-        value_head = self.actor.module.value_head if self.actor.module.has_value_head else None
+        says_values = config.logprobs == "drawn" and self.actor.module.has_value_head
+        value_head = self.actor.module.value_head if says_values else None
         with (
             entered as whole,
             gathered([] if value_head is None else value_head.parameters()),

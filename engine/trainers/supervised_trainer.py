@@ -15,6 +15,7 @@ from engine.config import SupervisedConfig
 from engine.data import Examples
 from engine.data.batches import Endless
 from engine.distributed import comm
+from engine.distributed.gather import left_in_shards
 from engine.distributed.initialize import Engine
 from engine.distributed.micro_batches import marking_last, my_micro_batches, one_number_per_row
 from engine.distributed.optimization import accumulate, step_together
@@ -145,13 +146,14 @@ class SupervisedTrainer:
     def numbers(self, examples: Examples) -> Tensor:
         """(B,) the objective's number of every sequence, on the CPU and the same on every rank. A collective."""
         self.model.eval()
-        return one_number_per_row(
-            lambda batch: self.objective.number(self.model, batch),
-            examples.sequences,
-            token_budget=self.config.micro_batch_tokens * examples.rows_per_example,
-            rows_together=examples.rows_per_example,
-            packed=self.config.packing,
-        )
+        with left_in_shards(self.model):
+            return one_number_per_row(
+                lambda batch: self.objective.number(self.model, batch),
+                examples.sequences,
+                token_budget=self.config.micro_batch_tokens * examples.rows_per_example,
+                rows_together=examples.rows_per_example,
+                packed=self.config.packing,
+            )
 
     def _count_skips(self, skipped: bool) -> None:
         if not skipped:

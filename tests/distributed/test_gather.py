@@ -1,6 +1,10 @@
 """Generating under ZeRO-3: whole weights for the length of a block, sharded again afterwards, ranks never waiting."""
 
 import contextlib
+import json
+import math
+from functools import partial
+from pathlib import Path
 
 import engines
 import psutil
@@ -10,7 +14,7 @@ import tiny
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from engine.distributed import comm, optimization
+from engine.distributed import comm, gather, optimization
 from engine.distributed.gather import (
     gathered_for_generation,
     gathered_for_scoring,
@@ -18,6 +22,7 @@ from engine.distributed.gather import (
     sharded_for_generation,
 )
 from engine.distributed.optimization import step_together
+from engine.models.lora import with_adapter
 from engine.models.random_init import local_name
 from engine.rollout.generation import Sampling, generate_responses, noise_of_rows
 
@@ -321,6 +326,76 @@ def test_the_last_backward_pass_leaves_shards(run_ranks, strict_z3, large):
     assert [step["before"] for step in steps] == [large_ones(weights)] * STEPS
 
 
+def train_adapter(ds_config):
+    """Shards before and after the step of an adapter's two micro-batches, and the number of weights."""
+    form = dict(seed=0, r=4, alpha=8.0, dropout=0.0, target_modules=None)
+    engine = engines.trained(partial(with_adapter, engines.language_builder(tiny.LLAMA), **form), ds_config)
+    steps = [step_and_count(engine, 2, seed) for seed in range(3)]
+    return steps, len(list(engine.module.parameters()))
+
+
+def test_frozen_weights_that_no_backward_pass_reaches_are_shards_again(run_ranks, tmp_path):
+    """The embedding's, beside an adapter: those are let go of in a forward pass, or never."""
+    for steps, number in run_ranks(train_adapter, looking_ahead(tmp_path, stage3_max_live_parameters=10**9)):
+        assert [(step["before"], step["after"]) for step in steps] == [(number, number)] * 3
+
+
+# Forward passes alone, after training
+
+
+def looking_ahead(folder, **given) -> Path:
+    """ZeRO-3 with room for a few layers, of which some are gathered before they are asked for."""
+    sizes = dict(stage3_param_persistence_threshold=0, stage3_max_reuse_distance=5000, stage3_prefetch_bucket_size=1500)
+    sizes = dict(stage3_max_live_parameters=35_000) | sizes | given
+    path = folder / "looking_ahead.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, **sizes}}))
+    return path
+
+
+def passes_alone(name, ds_config, cleaned):
+    """What the engine says in its shards after training, whether it is in shards then, and what it writes whole."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not cleaned:
+            patch.setattr(gather, "shard_again", lambda engine: None)
+        engine, found = engines.actor(name, ds_config), []
+        for _ in range(3):
+            engines.train_actor(engine)
+        for enter in (partial(gathered_for_scoring, gather=False), sharded_for_generation):
+            engine.eval()
+            batch = engines.rows().padded(torch.arange(2), comm.device())
+            asked = (batch.input_ids, batch.positions, batch.targets)
+            with enter(engine), torch.no_grad():
+                said = [engine(*asked, temperature=1.0, chunk_tokens=8).logprobs for _ in range(2)]
+            in_shards = all_sharded(engine)
+            with gathered_for_generation(engine) as whole:
+                whole_too = whole(*asked, temperature=1.0, chunk_tokens=8).logprobs
+                written = generate(whole, 4)
+            found.append((said, whole_too, in_shards, written))
+        return found, engines.train_actor(engine)
+
+
+DEEP_LLAMA = tiny.LLAMA.replace("num_hidden_layers=2", "num_hidden_layers=8")
+
+
+def test_passes_alone_leave_shards_behind(run_ranks, tmp_path):
+    local_name(DEEP_LLAMA)  # made here: under ZeRO-3 the ranks would wait for each other
+    for found, loss in run_ranks(passes_alone, DEEP_LLAMA, looking_ahead(tmp_path), True):
+        for said, whole_too, in_shards, _ in found:
+            assert in_shards and all(torch.equal(one, whole_too) for one in said)
+        assert math.isfinite(loss) and found[0][-1] == found[1][-1]
+
+
+def test_weights_that_are_on_their_way_when_all_are_gathered_do_not_arrive(tmp_path):
+    """Negative control of the test above: DeepSpeed leaves them out."""
+    local_name(DEEP_LLAMA)
+    pool = ranks.Pool(2, group_timeout_s=10)
+    try:
+        with pytest.raises(ranks.RankFailed, match="Cannot partition a param in flight"):
+            pool.run(passes_alone, (DEEP_LLAMA, looking_ahead(tmp_path), False), 60)
+    finally:
+        pool.kill()
+
+
 # DeepSpeed's hooks and the order it has learnt, across a block
 
 
@@ -359,6 +434,19 @@ def test_the_order_of_gathers_survives_a_block(run_ranks, strict_z3, kind, large
         assert all(lifted_and_put_back)
         if kind == 3:
             assert warm[2] == 1 and anew >= 6, "made anew, weights come one by one"
+
+
+def hook_removed_inside(strict_z3):
+    engine, called = engines.actor(tiny.LLAMA, strict_z3), []
+    foreign = engine.module.register_forward_hook(lambda *_: called.append(1))
+    with gathered_for_generation(engine):
+        foreign.remove()
+    engines.said_live(engine, "actor")
+    return called
+
+
+def test_a_hook_that_is_removed_inside_a_block_stays_away(run_ranks, strict_z3):
+    assert run_ranks(hook_removed_inside, engines.ds_file("strict", strict_z3)) == [[], []]
 
 
 def hook_added_inside(strict_z3):

@@ -75,7 +75,7 @@ def test_a_loop_of_ones_own_draws_with_another_seeds_and_another_iterations_nois
 
     def responses(prompts, keys):
         drawn.extend(keys)
-        return Responses([[EOS]] * len(prompts), *([[0.0]] * len(prompts) for _ in range(3)))
+        return Responses([[EOS]] * len(prompts), *([[0.0]] * len(prompts) for _ in Responses._fields[1:]))
 
     for seed in (0, 1):
         trainer = SimpleNamespace(
