@@ -1,8 +1,8 @@
 """x Wᵀ in fp32 on a CPU, by the faster of the two libraries that torch has for it.
 
-torch takes MKL, which leaves the AVX-512 units of processors that are not Intel's unused: 91 GFLOP/s a core of an AMD
-EPYC, where oneDNN comes to 200 (forward and both gradients, 432 rows). oneDNN has no public name in torch for plain
-tensors in fp32; `torch.ops.mkldnn._linear_pointwise` is what torch's own compiler calls, and
+torch takes MKL, which leaves the AVX-512 units of AMD's processors unused: 91 GFLOP/s a core of an EPYC, where oneDNN
+comes to 200 (forward and both gradients, 432 rows). oneDNN has no public name in torch for plain tensors in fp32;
+`torch.ops.mkldnn._linear_pointwise` is what torch's own compiler calls, and
 `tests/algorithms/test_matrix_products.py` holds it.
 """
 
