@@ -6,6 +6,7 @@ comes to 200 (forward and both gradients, 432 rows). oneDNN has no public name i
 `tests/algorithms/test_matrix_products.py` holds it.
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -26,6 +27,19 @@ def _onednn_is_faster() -> bool:
 
 
 ONEDNN_IS_FASTER = _onednn_is_faster()
+
+# An iteration with responses of one length takes some 80.
+REMEMBERED_KERNELS = 128
+
+
+def remember_few_kernels() -> None:
+    """Let oneDNN keep its latest 128 kernels, where by itself it keeps 1024 in each of two caches: every number of rows
+    makes new ones, of 0.6 MiB, and responses of all lengths fill a rank's memory with them, iteration after iteration.
+    Does nothing after oneDNN's first product in this process, nor where the user has set one of the two variables.
+    """
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's own, and that of torch's way to it
+    if not any(name in os.environ for name in names):
+        os.environ |= dict.fromkeys(names, str(REMEMBERED_KERNELS))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False) -> Tensor:

@@ -1,14 +1,20 @@
 """matrix_products.py: torch's own products to rounding, by oneDNN where it is faster and by nothing else elsewhere."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import ranks
+import tiny
 import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from engine.algorithms import matrix_products
 from engine.algorithms.matrix_products import SMALLEST, input_gradient, linear, weight_gradient
+from engine.models.language_model import load_language_model
 
 OP = "mkldnn::_linear_pointwise"
 SIZES = {"large": (384, 512), "as large as it takes": (256, 512), "small": (256, 511)}  # outputs, inputs
@@ -239,3 +245,64 @@ def test_onednn_is_faster_on_amd_with_avx512(monkeypatch, cpuinfo, capability, m
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: mkldnn)
     assert matrix_products._onednn_is_faster() is faster
+
+
+# What oneDNN keeps
+
+MANY_ROWS = """
+import psutil
+import torch
+from engine.algorithms.matrix_products import remember_few_kernels
+torch.set_num_threads(1)
+{before}
+weight = torch.ones(384, 384)
+def resident(rows):
+    for count in rows:
+        torch.ops.mkldnn._linear_pointwise(torch.ones(count, 384), weight, None, "none", [], "")
+    return psutil.Process().memory_info().rss
+before = resident(range(64, 264))
+print("grown", resident(range(264, 464)) - before, flush=True)
+"""
+
+
+def grown(before: str, **environment: str) -> float:
+    """MiB that a process of its own gains from its 201st to its 400th number of rows."""
+    free_at_once = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    mine = {name: of for name, of in os.environ.items() if not name.endswith("_CACHE_CAPACITY")}
+    done = subprocess.run(
+        [sys.executable, "-c", MANY_ROWS.format(before=before)],
+        env=mine | ranks.OFFLINE | free_at_once | environment,
+        cwd=ranks.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split()[-1]) / 2**20
+
+
+@pytest.fixture(scope="module")
+def forgetting_nothing() -> float:
+    """Negative control: of a process that tells oneDNN nothing."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this build of torch is without oneDNN")
+    found = grown("")
+    assert found > 50, "every number of rows makes a kernel of its own"
+    return found
+
+
+def test_kernels_of_many_numbers_of_rows_are_let_go_of(forgetting_nothing):
+    assert grown("remember_few_kernels()") < forgetting_nothing / 4
+
+
+@pytest.mark.parametrize("name", ["ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"])
+def test_the_users_own_number_of_kernels_stays(forgetting_nothing, name):
+    assert grown("remember_few_kernels()", **{name: "1000"}) > forgetting_nothing / 2
+
+
+def test_a_loaded_model_remembers_few(monkeypatch):
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        monkeypatch.delenv(name, raising=False)
+    load_language_model(tiny.LLAMA, dtype=torch.float32)
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == os.environ["LRU_CACHE_CAPACITY"] == "128"
