@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from engine.models.linear_layers import use_fast_products
 from engine.models.lora import ADAPTER, is_adapter
 
 WEIGHTS = "adapter_model.safetensors"
@@ -68,6 +69,7 @@ def put_in_reward_adapter(model: PreTrainedModel, head: nn.Linear, folder: Path,
     config.modules_to_save, config.inference_mode = None, True
     trained = model.__dict__.pop("peft_config")  # PEFT warns of a second adapter
     inject_adapter_in_model(config, model, name)
+    use_fast_products(model)
     model.peft_config = trained
     for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
         layer.set_adapter(ADAPTER)

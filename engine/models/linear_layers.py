@@ -4,10 +4,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from peft.tuners import lora
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from engine.algorithms.matrix_products import ONEDNN_IS_FASTER, SMALLEST, linear, packed, product_with_packed
+from engine.algorithms.matrix_products import (
+    ONEDNN_IS_FASTER,
+    SMALLEST,
+    linear,
+    low_rank_linear,
+    packed,
+    product_with_packed,
+)
 
 
 class Linear(nn.Linear):
@@ -38,28 +46,76 @@ class TransposedLinear(Conv1D):
         self.packed = packed(self.weight.t())
 
 
+class LowRankLinear(nn.Linear):
+    """`torch.nn.Linear`, to rounding, for an adapter's two products."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return low_rank_linear(input, self.weight)
+
+
+class AdaptedLinear(lora.Linear):
+    """PEFT's layer around one of those above, in fp32, to rounding."""
+
+    packed: Tensor | None = None  # with the adapter merged
+    packed_adapters: list[str] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.disable_adapters or self.lora_variant:
+            return super().forward(x)
+        if self.packed is not None and self.packed_adapters == self.active_adapters:
+            return product_with_packed(x, self.packed, self.base_layer.bias)
+        said = self.base_layer(x)
+        for name in self._adapters():
+            narrow = self.lora_A[name](self.lora_dropout[name](x)) * self.scaling[name]  # scaled where it is narrow
+            said = said + self.lora_B[name](narrow)
+        return said
+
+    def pack(self) -> None:
+        changes = [self.get_delta_weight(name) for name in self._adapters()]
+        whole = sum(changes, start=self.base_layer.weight.detach())
+        self.packed = packed(whole.t() if isinstance(self.base_layer, TransposedLinear) else whole)
+        self.packed_adapters = list(self.active_adapters)
+
+    def _adapters(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.lora_A]
+
+
 TAKES_THE_PLACE_OF = {nn.Linear: Linear, Conv1D: TransposedLinear}
+FAST = tuple(TAKES_THE_PLACE_OF.values())
+Packable = Linear | TransposedLinear | AdaptedLinear
 
 
 def use_fast_products(model: nn.Module) -> None:
     """Let the model's large linear layers compute as `linear` does, in place; the same parameters under the same names.
-    Does nothing where `linear` would do what torch does, nor where there is an accelerator. Layers of other kinds that
-    hold linear ones inside (adapters) gain with them; those that are linear in a way of their own (of 4 bits) stay.
+    Does nothing where `linear` would do what torch does, nor where there is an accelerator. Layers that are linear in a
+    way of their own (of 4 bits) stay. Asked again after adapters were put around the layers, it swaps these too.
     """
     if not ONEDNN_IS_FASTER or torch.accelerator.is_available():
         return
     for module in model.modules():
         if type(module) in TAKES_THE_PLACE_OF and _entries(module) >= SMALLEST:
             module.__class__ = TAKES_THE_PLACE_OF[type(module)]
+        elif isinstance(module, lora.Linear) and isinstance(module.base_layer, FAST):
+            _use_fast_adapter(module)
+
+
+def _use_fast_adapter(layer: lora.Linear) -> None:
+    parts = [*layer.lora_A.values(), *layer.lora_B.values()]
+    if {part.weight.dtype for part in (layer.base_layer, *parts)} != {torch.float32}:
+        return
+    layer.__class__ = AdaptedLinear
+    for part in parts:
+        if part.bias is None:
+            part.__class__ = LowRankLinear
 
 
 @contextmanager
 def packed_weights(model: nn.Module) -> Iterator[None]:
-    """The layers of `use_fast_products` with packed copies of their weights for the length of the block, which neither
-    trains the model nor changes its weights; the weights have to be whole. Takes as much memory again.
+    """The layers of `use_fast_products` with packed copies of their weights, adapters merged, for the length of the
+    block, which neither trains the model nor changes its weights; the weights have to be whole. Takes as much memory
+    again.
     """
-    layers = [module for module in model.modules() if isinstance(module, tuple(TAKES_THE_PLACE_OF.values()))]
-    layers = [layer for layer in layers if layer.weight.dtype == torch.float32]
+    layers = [layer for layer in _packable(model) if _base(layer).weight.dtype == torch.float32]
     try:
         for layer in layers:
             layer.pack()
@@ -67,6 +123,19 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.packed = None
+
+
+def _packable(module: nn.Module) -> Iterator[Packable]:
+    """An adapted layer is one of them, and not what it holds."""
+    if isinstance(module, Packable):
+        yield module
+        return
+    for child in module.children():
+        yield from _packable(child)
+
+
+def _base(layer: Packable) -> nn.Module:
+    return layer.base_layer if isinstance(layer, AdaptedLinear) else layer
 
 
 def _entries(layer: nn.Linear | Conv1D) -> int:

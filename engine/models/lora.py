@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from engine.models.linear_layers import use_fast_products
 from engine.models.quantization import keeps_transposed, unpacked
 from engine.models.scalar_head import ScalarHeadModel
 
@@ -70,6 +71,7 @@ def add_adapter(
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear.values()),
     )
     inject_adapter_in_model(config, model, ADAPTER)
+    use_fast_products(model)
 
 
 def is_adapter(parameter_name: str) -> bool:

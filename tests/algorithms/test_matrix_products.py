@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from engine.algorithms import matrix_products
-from engine.algorithms.matrix_products import SMALLEST, input_gradient, linear, weight_gradient
+from engine.algorithms.matrix_products import SMALLEST, input_gradient, linear, low_rank_linear, weight_gradient
 from engine.models.language_model import load_language_model
 
 OP = "mkldnn::_linear_pointwise"
@@ -245,6 +245,47 @@ def test_onednn_is_faster_on_amd_with_avx512(monkeypatch, cpuinfo, capability, m
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: mkldnn)
     assert matrix_products._onednn_is_faster() is faster
+
+
+# Of low rank
+
+LOW_RANK = {"down": (8, 512), "up": (512, 8)}  # outputs, inputs
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("rows", [(64,), (2, 40), (63,), (3, 4)], ids=str)
+@pytest.mark.parametrize("way", LOW_RANK)
+def test_a_product_of_low_rank_is_torchs_in_value_and_gradients(onednn, way, rows, strided):
+    outputs, width = LOW_RANK[way]
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(*rows, width, 2, generator=rng)[..., 0]
+    x = (x if strided else x.contiguous()).requires_grad_()
+    weight, grad = (
+        torch.randn(outputs, width, generator=rng).requires_grad_(),
+        torch.randn(*rows, outputs, generator=rng),
+    )
+    exact_x, exact_weight = (leaf.detach().double().requires_grad_() for leaf in (x, weight))
+    exact = with_gradients(plain, exact_x, exact_weight, None, grad.double())
+    actual = with_gradients(lambda x, weight, bias: low_rank_linear(x, weight), x, weight, None, grad)
+    for a, e in zip(actual, exact, strict=True):
+        assert_close(a, e)
+    with torch.no_grad():
+        assert torch.equal(low_rank_linear(x, weight), actual[0]), "the same without gradients"
+
+
+@pytest.mark.parametrize("frozen", ["x", "weight"])
+@pytest.mark.parametrize("way", LOW_RANK)
+def test_of_low_rank_what_is_frozen_gets_no_gradient(onednn, way, frozen):
+    leaves = dict(x=torch.ones(80, LOW_RANK[way][1]), weight=torch.ones(LOW_RANK[way]))
+    trained = leaves["weight" if frozen == "x" else "x"].requires_grad_()
+    low_rank_linear(**leaves).sum().backward()
+    assert leaves[frozen].grad is None and (trained.grad != 0).all()
+
+
+def test_of_low_rank_only_many_rows_in_fp32_go_to_onednn(always_onednn):
+    for rows, dtype, by_onednn in ((64, torch.float32, True), (63, torch.float32, False), (64, torch.float64, False)):
+        x, weight = torch.ones(rows, 512, dtype=dtype), torch.ones(8, 512, dtype=dtype)
+        assert (OP in ops_of(low_rank_linear, x, weight)) == by_onednn
 
 
 # What oneDNN keeps

@@ -15,15 +15,32 @@ from engine.distributed import comm
 from engine.distributed.gather import is_sharded
 from engine.models import linear_layers
 from engine.models.language_model import hidden_states, load_language_model
-from engine.models.linear_layers import Linear, TransposedLinear, packed_weights, use_fast_products
-from engine.models.lora import adapted_layers, adapter_off, is_adapter, merged_weight, with_adapter
+from engine.models.linear_layers import (
+    AdaptedLinear,
+    Linear,
+    LowRankLinear,
+    TransposedLinear,
+    packed_weights,
+    use_fast_products,
+)
+from engine.models.lora import (
+    REWARD_ADAPTER,
+    adapted_layers,
+    adapter_off,
+    adapter_on,
+    is_adapter,
+    merged_weight,
+    with_adapter,
+)
 from engine.models.random_init import local_name
+from engine.models.shared_trunk import load_shared_trunk
 
 LARGE = {"llama": tiny.LARGE_LLAMA, "gpt2": tiny.LARGE_GPT2}
 LARGE_LAYERS = {"llama": {"gate_proj", "up_proj", "down_proj"}, "gpt2": {"c_attn", "c_fc", "mlp.c_proj"}}
 SMALL_LAYERS = {"llama": {"q_proj", "k_proj", "v_proj", "o_proj", "lm_head"}, "gpt2": {"attn.c_proj", "lm_head"}}
 FAST = (Linear, TransposedLinear)
 IDS = torch.tensor([[5, 6, 7, 200, 31, 8], [9, 100, 3, 44, 257, 12]])
+MANY_IDS = torch.randint(2, 258, (3, 40), generator=torch.Generator().manual_seed(0))
 
 if not torch.backends.mkldnn.is_available():
     pytest.skip("this build of torch is without oneDNN", allow_module_level=True)
@@ -82,9 +99,9 @@ def test_with_an_accelerator_nothing_is_swapped(faster, monkeypatch):
     assert not fast_layers(loaded(tiny.LARGE_LLAMA).model)
 
 
-def told(wrapper):
+def told(wrapper, ids=IDS):
     """What a model computes, and the gradient of every weight."""
-    hidden = hidden_states(wrapper.model, IDS)
+    hidden = hidden_states(wrapper.model, ids)
     # Not a sum of squares, which the last norm has made a constant.
     hidden.mul(torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))).mean().backward()
     return hidden.detach(), {name: parameter.grad for name, parameter in wrapper.named_parameters()}
@@ -179,16 +196,41 @@ def test_an_adapter_is_put_around_them_trained_and_merged(faster, family):
     torch.testing.assert_close(hidden_states(merged.model, IDS), hidden, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("ids", [IDS, MANY_IDS], ids=["few rows", "many rows"])
 @pytest.mark.parametrize("family", LARGE)
-def test_an_adapter_computes_as_on_plain_layers(faster, family):
-    hidden, gradients = told(adapted(LARGE[family]))
+def test_an_adapter_computes_as_on_plain_layers(faster, family, ids):
+    fast = adapted(LARGE[family])
+    assert sum(isinstance(module, AdaptedLinear) for module in fast.modules()) == 6
+    assert sum(isinstance(module, LowRankLinear) for module in fast.modules()) == 12
+    hidden, gradients = told(fast, ids)
     faster(False)
-    plain_hidden, plain_gradients = told(adapted(LARGE[family]))
+    plain = adapted(LARGE[family])
+    assert not any(isinstance(module, AdaptedLinear | LowRankLinear) for module in plain.modules())
+    plain_hidden, plain_gradients = told(plain, ids)
     torch.testing.assert_close(hidden, plain_hidden, rtol=0, atol=1e-5)
     for name, gradient in plain_gradients.items():
         if gradient is not None:
             atol = 1e-5 * gradient.abs().max().item()
             torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=atol, msg=name)
+
+
+def test_an_adapter_in_16_bits_stays_pefts_own(faster):
+    form = dict(r=4, alpha=16.0, dropout=0.0, target_modules=None)
+    build = partial(load_language_model, tiny.LARGE_LLAMA, dtype=torch.bfloat16)
+    wrapper = with_adapter(build, seed=0, **form)
+    assert fast_layers(wrapper) and not any(isinstance(module, AdaptedLinear) for module in wrapper.modules())
+    assert torch.isfinite(hidden_states(wrapper.model, IDS)).all()
+
+
+def test_an_adapter_with_dropout_drops_while_it_trains(faster):
+    form = dict(r=4, alpha=16.0, dropout=0.5, target_modules=None)
+    wrapper = with_adapter(partial(loaded, tiny.LARGE_LLAMA), seed=0, **form)
+    layer = next(module for module in wrapper.modules() if isinstance(module, AdaptedLinear))
+    torch.nn.init.ones_(layer.lora_B["default"].weight)
+    x = torch.randn(70, layer.in_features)
+    with torch.no_grad():
+        assert not torch.equal(layer.train()(x), layer(x))
+        assert torch.equal(layer.eval()(x), layer(x))
 
 
 # In shards
@@ -230,6 +272,42 @@ def test_in_shards_they_are_swapped_too_and_train_alike(run_ranks, strict_z3, fa
                 assert (weight - untrained[name]).abs().max() > 1e-5, "it has been trained"
 
 
+def trained_adapters_in_shards(name, kinds, strict_z3):
+    """As `trained_in_shards`, of an adapter."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for kind, faster in kinds:
+            switch(patch, faster)
+            build = partial(adapted, name)
+            engine = engines.trained(build, engines.ds_file(kind, strict_z3), epsilon=1e-3)
+            layers = [module for module in engine.module.modules() if isinstance(module, AdaptedLinear)]
+            shards = [is_sharded(part.weight) for layer in layers for part in layer.lora_B.values()]
+            losses = [engines.train_actor(engine, seed) for seed in range(2)]
+            weights = {of: weight for of, weight in engines.weights(engine).items() if is_adapter(of)}
+            found[kind, faster] = len(layers), all(shards), losses, weights
+    return found
+
+
+ADAPTER_KINDS = ((0, False), (0, True), ("strict", True))
+
+
+@pytest.mark.parametrize("family", LARGE)
+def test_in_shards_adapters_train_alike(run_ranks, strict_z3, family):
+    local_name(LARGE[family])
+    for found in run_ranks(trained_adapters_in_shards, LARGE[family], ADAPTER_KINDS, strict_z3):
+        assert [found[kind][0] for kind in ADAPTER_KINDS] == [0, 6, 6]
+        assert [found[kind][1] for kind in ADAPTER_KINDS[1:]] == [False, True]
+        _, _, losses, weights = found[0, False]
+        untrained = adapted(LARGE[family]).state_dict()
+        for kind in ADAPTER_KINDS[1:]:
+            _, _, same_losses, same_weights = found[kind]
+            assert same_losses == pytest.approx(losses, abs=1e-4)
+            assert weights.keys() == same_weights.keys()
+            for name, weight in weights.items():
+                torch.testing.assert_close(same_weights[name], weight, rtol=0, atol=2e-6, msg=f"{kind} {name}")
+                assert (weight - untrained[name]).abs().max() > 1e-5, "it has been trained"
+
+
 # Packed for a rollout
 
 
@@ -252,6 +330,44 @@ def test_packed_weights_say_the_same_and_are_let_go_of(faster, family):
             assert torch.equal(hidden_states(wrapper.model, IDS), wanted[0]), "the copies are read"
         assert all(layer.packed is None for layer in layers)
         assert not torch.allclose(hidden_states(wrapper.model, IDS), wanted[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("family", LARGE)
+def test_packed_an_adapter_is_merged_into_its_layer(faster, family):
+    wrapper, before = adapted(LARGE[family]), loaded(LARGE[family])
+    layers = [module for module in wrapper.modules() if isinstance(module, AdaptedLinear)]
+    with torch.no_grad():
+        wanted = hidden_states(wrapper.model, IDS)
+        with packed_weights(wrapper):
+            assert len(layers) == 6 and all(layer.packed is not None for layer in layers)
+            assert all(layer.base_layer.packed is None for layer in layers), "one copy, not two"
+            torch.testing.assert_close(hidden_states(wrapper.model, IDS), wanted, rtol=0, atol=1e-4)
+            for layer in layers:
+                layer.lora_B["default"].weight.mul_(2)
+            torch.testing.assert_close(hidden_states(wrapper.model, IDS), wanted, rtol=0, atol=1e-4)
+            with adapter_off(wrapper):
+                assert torch.equal(hidden_states(wrapper.model, IDS), hidden_states(before.model, IDS))
+        assert all(layer.packed is None for layer in layers)
+        assert not torch.allclose(hidden_states(wrapper.model, IDS), wanted, atol=1e-2)
+
+
+def test_packed_with_one_adapter_another_is_still_itself(faster, tmp_path):
+    """A shared trunk's: the actor's adapter is packed, and the reward model's is switched on for a moment."""
+    reward_adapter = tiny.reward_adapter(tiny.LARGE_LLAMA, tmp_path)
+    form = dict(r=4, alpha=16.0, dropout=0.0, target_modules=None)
+    given = dict(dtype=torch.float32, adapter=form, reward_adapter=reward_adapter, with_value_head=True, seed=0)
+    trunk = load_shared_trunk(tiny.LARGE_LLAMA, **given)
+    layers = [module for module in trunk.modules() if isinstance(module, AdaptedLinear)]
+    assert len(layers) == 6 and all(type(layer.lora_A[REWARD_ADAPTER]) is LowRankLinear for layer in layers)
+    with torch.no_grad():
+        for layer in layers:
+            layer.lora_B["default"].weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+        own = hidden_states(trunk.model, IDS)
+        with adapter_on(trunk.model, REWARD_ADAPTER):
+            scored = hidden_states(trunk.model, IDS)
+        assert not torch.allclose(own, scored, atol=1e-2)
+        with packed_weights(trunk), adapter_on(trunk.model, REWARD_ADAPTER):
+            assert torch.equal(hidden_states(trunk.model, IDS), scored)
 
 
 def test_weights_are_let_go_of_after_an_error(faster):
