@@ -27,6 +27,7 @@ from workload import Workload, write_models
 
 HERE = Path(__file__).resolve().parent
 PHASES = ("generate", "score", "train")
+WARMUP = 2  # the optimizer's states are made in the first iteration, and in the second the heap settles around them
 # One run of one case holds these per timed iteration.
 PER_ITERATION = ("seconds_per_iteration", "cpu_seconds_per_iteration", "prompt_lengths", "response_lengths")
 
@@ -125,7 +126,7 @@ def run(case: Case, folder: Path, *, iterations: int, micro_batch_size: int, see
     out = folder / "result.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={case.ranks}"]
     command += [str(HERE / f"{case.side}_ppo.py"), "--workload", str(folder), "--out", str(out)]
-    command += ["--warmup", "1", "--iterations", str(1 + iterations), "--seed", str(seed)]
+    command += ["--warmup", str(WARMUP), "--iterations", str(WARMUP + iterations), "--seed", str(seed)]
     command += ["--micro_batch_size", str(micro_batch_size), *case.flags]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
