@@ -6,7 +6,6 @@ comes to 200 (forward and both gradients, 432 rows). oneDNN has no public name i
 `tests/algorithms/test_matrix_products.py` holds it.
 """
 
-import os
 from pathlib import Path
 
 import torch
@@ -30,19 +29,6 @@ def _onednn_is_faster() -> bool:
 
 ONEDNN_IS_FASTER = _onednn_is_faster()
 
-# An iteration with responses of one length takes some 80.
-REMEMBERED_KERNELS = 128
-
-
-def remember_few_kernels() -> None:
-    """Let oneDNN keep its latest 128 kernels, where by itself it keeps 1024 in each of two caches: every number of rows
-    makes new ones, of 0.6 MiB, and responses of all lengths fill a rank's memory with them, iteration after iteration.
-    Does nothing after oneDNN's first product in this process, nor where the user has set one of the two variables.
-    """
-    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's own, and that of torch's way to it
-    if not any(name in os.environ for name in names):
-        os.environ |= dict.fromkeys(names, str(REMEMBERED_KERNELS))
-
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False) -> Tensor:
     """`torch.nn.functional.linear` to rounding; differentiable once where oneDNN computes it.
@@ -52,7 +38,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed:
         weight: (outputs, inputs), or (inputs, outputs) if `transposed`.
         bias: (outputs,) or None.
     """
-    if not _by_onednn(x, weight, weight.numel()):
+    if not (weight.numel() >= SMALLEST and _onednn_takes(x, weight)):
         return F.linear(x, weight.t() if transposed else weight, bias)
     if torch.is_grad_enabled() and any(of is not None and of.requires_grad for of in (x, weight, bias)):
         return _OneDNNLinear.apply(x, weight, bias, transposed)
@@ -61,12 +47,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed:
 
 def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     """grad W, (..., outputs) and (outputs, inputs) -> (..., inputs): of `linear`'s `x`. Without gradient."""
-    return _onednn(grad, weight.t()) if _by_onednn(grad, weight, weight.numel()) else grad @ weight
+    by_onednn = weight.numel() >= SMALLEST and _onednn_takes(grad, weight)
+    return _onednn(grad, weight.t()) if by_onednn else grad @ weight
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """gradᵀ x, (n, outputs) and (n, inputs) -> (outputs, inputs): of `linear`'s `weight`. Without gradient."""
-    by_onednn = _by_onednn(grad, x, grad.shape[1] * x.shape[1])
+    by_onednn = grad.shape[1] * x.shape[1] >= SMALLEST and _onednn_takes(grad, x)
     return _onednn(grad.t(), x.t()) if by_onednn else grad.t() @ x
 
 
@@ -74,7 +61,7 @@ def low_rank_linear(x: Tensor, weight: Tensor) -> Tensor:
     """`linear` of a weight with few inputs or few outputs, such as an adapter's: the library's call is worth its cost
     from 64 rows on.
     """
-    if x.shape[:-1].numel() < FEWEST_ROWS or not _by_onednn(x, weight, SMALLEST):
+    if not (x.shape[:-1].numel() >= FEWEST_ROWS and _onednn_takes(x, weight)):
         return F.linear(x, weight)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _OneDNNLowRankLinear.apply(x, weight)
@@ -94,10 +81,9 @@ def product_with_packed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -
     return _onednn(x, weight, bias)
 
 
-def _by_onednn(a: Tensor, b: Tensor, entries: int) -> bool:
+def _onednn_takes(a: Tensor, b: Tensor) -> bool:
     return (
         ONEDNN_IS_FASTER
-        and entries >= SMALLEST
         and a.dtype == b.dtype == torch.float32
         and a.device.type == b.device.type == "cpu"
         and a.numel() > 0
@@ -114,7 +100,8 @@ class _OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
         # The parameter and no view of it: ZeRO-3 empties and refills its .data, which only the saved leaf itself sees.
-        ctx.save_for_backward(x, weight)
+        _, needs_weight, _, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight)
         ctx.transposed = transposed
         return _onednn(x, weight.t() if transposed else weight, bias)
 
@@ -123,11 +110,14 @@ class _OneDNNLinear(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        rows, x_rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        pair = (x_rows, rows) if ctx.transposed else (rows, x_rows)
+        rows = grad.reshape(-1, grad.shape[-1])
+        of_weight = None
+        if needs_weight:
+            x_rows = x.reshape(-1, x.shape[-1])
+            of_weight = weight_gradient(x_rows, rows) if ctx.transposed else weight_gradient(rows, x_rows)
         return (
             input_gradient(grad, weight.t() if ctx.transposed else weight) if needs_x else None,
-            weight_gradient(*pair) if needs_weight else None,
+            of_weight,
             rows.sum(0) if needs_bias else None,
             None,
         )

@@ -1,5 +1,6 @@
 """A model's linear layers, with their products left to `engine.algorithms.matrix_products`."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -54,13 +55,13 @@ class LowRankLinear(nn.Linear):
 
 
 class AdaptedLinear(lora.Linear):
-    """PEFT's layer around one of those above, in fp32, to rounding."""
+    """PEFT 0.21's layer around one of those above, in fp32, to rounding."""
 
-    packed: Tensor | None = None  # with the adapter merged
+    packed: Tensor | None = None  # with the adapters merged
     packed_adapters: list[str] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.disable_adapters or self.lora_variant:
+        if self.disable_adapters or not self.is_plain:
             return super().forward(x)
         if self.packed is not None and self.packed_adapters == self.active_adapters:
             return product_with_packed(x, self.packed, self.base_layer.bias)
@@ -70,9 +71,15 @@ class AdaptedLinear(lora.Linear):
             said = said + self.lora_B[name](narrow)
         return said
 
+    @property
+    def is_plain(self) -> bool:
+        """W x + s B A x, and none of PEFT's other kinds."""
+        return not (self.merged or self.lora_variant or any(self.lora_bias.values()))
+
+    @torch.no_grad()
     def pack(self) -> None:
         changes = [self.get_delta_weight(name) for name in self._adapters()]
-        whole = sum(changes, start=self.base_layer.weight.detach())
+        whole = sum(changes, start=self.base_layer.weight)
         self.packed = packed(whole.t() if isinstance(self.base_layer, TransposedLinear) else whole)
         self.packed_adapters = list(self.active_adapters)
 
@@ -85,17 +92,25 @@ FAST = tuple(TAKES_THE_PLACE_OF.values())
 Packable = Linear | TransposedLinear | AdaptedLinear
 
 
+# An iteration of the benchmark's with responses of one length takes some 80.
+REMEMBERED_KERNELS = 128
+
+
 def use_fast_products(model: nn.Module) -> None:
-    """Let the model's large linear layers compute as `linear` does, in place; the same parameters under the same names.
-    Does nothing where `linear` would do what torch does, nor where there is an accelerator. Layers that are linear in a
-    way of their own (of 4 bits) stay. Asked again after adapters were put around the layers, it swaps these too.
+    """Let the model's large linear layers compute as `linear` does, in place, and adapters around such layers with
+    them; the same parameters under the same names. Does nothing where `linear` would do what torch does, nor where
+    there is an accelerator. Layers that are linear in a way of their own (of 4 bits) stay.
     """
-    if not ONEDNN_IS_FASTER or torch.accelerator.is_available():
+    if torch.accelerator.is_available():
+        return
+    _remember_few_kernels()
+    if not ONEDNN_IS_FASTER:
         return
     for module in model.modules():
         if type(module) in TAKES_THE_PLACE_OF and _entries(module) >= SMALLEST:
             module.__class__ = TAKES_THE_PLACE_OF[type(module)]
-        elif isinstance(module, lora.Linear) and isinstance(module.base_layer, FAST):
+    for module in model.modules():
+        if type(module) in (lora.Linear, AdaptedLinear) and isinstance(module.base_layer, FAST):
             _use_fast_adapter(module)
 
 
@@ -107,6 +122,16 @@ def _use_fast_adapter(layer: lora.Linear) -> None:
     for part in parts:
         if part.bias is None:
             part.__class__ = LowRankLinear
+
+
+def _remember_few_kernels() -> None:
+    """Let oneDNN keep its latest 128 kernels, where by itself it keeps 1024 in each of two caches: every number of rows
+    makes new ones, of 0.6 MiB, and responses of all lengths fill a rank's memory with them, iteration after iteration.
+    Too late after oneDNN's first product in this process. A user who has set one of the variables keeps both.
+    """
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's own, and that of torch's way to it
+    if not any(name in os.environ for name in names):
+        os.environ |= dict.fromkeys(names, str(REMEMBERED_KERNELS))
 
 
 @contextmanager
@@ -126,8 +151,8 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
 
 
 def _packable(module: nn.Module) -> Iterator[Packable]:
-    """An adapted layer is one of them, and not what it holds."""
-    if isinstance(module, Packable):
+    """An adapted layer is one of them, and then what it holds is not."""
+    if isinstance(module, Packable) and not (isinstance(module, AdaptedLinear) and not module.is_plain):
         yield module
         return
     for child in module.children():

@@ -19,7 +19,6 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from engine.algorithms.matrix_products import remember_few_kernels
 from engine.models.linear_layers import use_fast_products
 from engine.models.quantization import quantization_config, settle_quantised
 from engine.models.random_init import local_name
@@ -104,7 +103,6 @@ def load_pretrained(
     except (OSError, SafetensorError) as error:  # no weights, or half of a file
         raise ValueError(f"The weights of {model_name_or_path} did not load: {error}") from error
     settle_quantised(model)
-    remember_few_kernels()
     use_fast_products(model)
     model.missing_from_checkpoint = sorted(report["missing_keys"] - set(model.all_tied_weights_keys))
     model.saved_architectures, model.dropout_before_training = saved_architectures, dropout

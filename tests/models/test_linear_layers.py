@@ -1,18 +1,24 @@
 """linear_layers.py: large layers compute by the faster library, and are the same layers in every other way."""
 
+import os
+import subprocess
+import sys
 from functools import partial
 
 import engines
 import pytest
+import ranks
 import tiny
 import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners import lora
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from engine.algorithms import matrix_products
 from engine.algorithms.matrix_products import SMALLEST
 from engine.distributed import comm
-from engine.distributed.gather import is_sharded
+from engine.distributed.gather import gathered_for_generation, is_sharded
 from engine.models import linear_layers
 from engine.models.language_model import hidden_states, load_language_model
 from engine.models.linear_layers import (
@@ -47,7 +53,8 @@ if not torch.backends.mkldnn.is_available():
 
 
 def switch(patch, faster: bool) -> None:
-    """As on a processor of which this is so."""
+    """As on a processor of which this is so, without a GPU."""
+    patch.setattr(torch.accelerator, "is_available", lambda: False)
     patch.setattr(matrix_products, "ONEDNN_IS_FASTER", faster)
     patch.setattr(linear_layers, "ONEDNN_IS_FASTER", faster)
 
@@ -222,15 +229,73 @@ def test_an_adapter_in_16_bits_stays_pefts_own(faster):
     assert torch.isfinite(hidden_states(wrapper.model, IDS)).all()
 
 
-def test_an_adapter_with_dropout_drops_while_it_trains(faster):
-    form = dict(r=4, alpha=16.0, dropout=0.5, target_modules=None)
-    wrapper = with_adapter(partial(loaded, tiny.LARGE_LLAMA), seed=0, **form)
-    layer = next(module for module in wrapper.modules() if isinstance(module, AdaptedLinear))
-    torch.nn.init.ones_(layer.lora_B["default"].weight)
-    x = torch.randn(70, layer.in_features)
+# What PEFT has: forms of the first adapter, and whether it is merged and whether a second one is switched on.
+FORMS = {
+    "plain": ({}, False, False),
+    "dropout": ({"lora_dropout": 0.5}, False, False),
+    "rsLoRA": ({"use_rslora": True}, False, False),
+    "DoRA": ({"use_dora": True}, False, False),
+    "biases": ({"lora_bias": True}, False, False),
+    "merged": ({}, True, False),
+    "two of them": ({}, False, True),
+    "two of them, with biases": ({"lora_bias": True}, False, True),
+}
+
+
+@pytest.mark.parametrize("kind", FORMS)
+@pytest.mark.parametrize("layer", [nn.Linear, Conv1D])
+def test_an_adapted_layer_is_pefts_own_in_every_form(faster, layer, kind):
+    """In training and, packed or not, without gradients."""
+    form, merged, two = FORMS[kind]
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.inner = layer(512, 512)
+
+        def forward(self, x):
+            return self.inner(x)
+
+    def built(faster_here):
+        faster(faster_here)
+        model = Model()
+        form_of = dict(r=4, lora_alpha=16, target_modules=["inner"], fan_in_fan_out=layer is Conv1D)
+        inject_adapter_in_model(LoraConfig(**form_of, **form), model, "default")
+        if two:
+            inject_adapter_in_model(LoraConfig(**form_of), model, "second")
+            model.inner.set_adapter(["default", "second"])
+        rng = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if is_adapter(name):
+                    parameter.copy_(0.1 * torch.randn(parameter.shape, generator=rng))
+        if merged:
+            model.inner.merge()
+        use_fast_products(model)
+        return model.inner
+
+    own, theirs = built(True), built(False)
+    assert type(own) is AdaptedLinear and type(theirs) is lora.Linear
+    x = torch.randn(3, 40, 512, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    said = []
+    for module in (own, theirs):
+        torch.manual_seed(3)  # of the dropout
+        output = module.train()(x)
+        output.square().mean().backward()
+        said.append((output.detach(), {name: p.grad for name, p in module.named_parameters() if p.grad is not None}))
+    (output, gradients), (their_output, their_gradients) = said
+    torch.testing.assert_close(output, their_output, rtol=0, atol=1e-4)
+    assert gradients.keys() == their_gradients.keys()
+    for name, gradient in their_gradients.items():
+        atol = 1e-5 * gradient.abs().max().item()
+        torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=atol, msg=name)
     with torch.no_grad():
-        assert not torch.equal(layer.train()(x), layer(x))
-        assert torch.equal(layer.eval()(x), layer(x))
+        wanted = theirs.eval()(x)
+        torch.testing.assert_close(own.eval()(x), wanted, rtol=0, atol=1e-4)
+        with packed_weights(own):
+            assert (own.packed is not None) == own.is_plain != (own.base_layer.packed is not None)
+            torch.testing.assert_close(own(x), wanted, rtol=0, atol=1e-4)
 
 
 # In shards
@@ -273,7 +338,7 @@ def test_in_shards_they_are_swapped_too_and_train_alike(run_ranks, strict_z3, fa
 
 
 def trained_adapters_in_shards(name, kinds, strict_z3):
-    """As `trained_in_shards`, of an adapter."""
+    """As `trained_in_shards`, of an adapter, with a rollout from packed weights in between."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         for kind, faster in kinds:
@@ -283,20 +348,27 @@ def trained_adapters_in_shards(name, kinds, strict_z3):
             layers = [module for module in engine.module.modules() if isinstance(module, AdaptedLinear)]
             shards = [is_sharded(part.weight) for layer in layers for part in layer.lora_B.values()]
             losses = [engines.train_actor(engine, seed) for seed in range(2)]
+            with torch.no_grad(), gathered_for_generation(engine) as whole:
+                alone = hidden_states(whole.model, IDS)
+                with packed_weights(whole):
+                    assert all(layer.packed is not None for layer in layers)
+                    merged = hidden_states(whole.model, IDS)
+            torch.testing.assert_close(merged, alone, rtol=0, atol=1e-4)
+            losses += [engines.train_actor(engine, seed) for seed in range(2, 4)]
             weights = {of: weight for of, weight in engines.weights(engine).items() if is_adapter(of)}
             found[kind, faster] = len(layers), all(shards), losses, weights
     return found
 
 
-ADAPTER_KINDS = ((0, False), (0, True), ("strict", True))
+ADAPTER_KINDS = ((0, False), (0, True), ("strict", True), (3, True))
 
 
 @pytest.mark.parametrize("family", LARGE)
 def test_in_shards_adapters_train_alike(run_ranks, strict_z3, family):
     local_name(LARGE[family])
     for found in run_ranks(trained_adapters_in_shards, LARGE[family], ADAPTER_KINDS, strict_z3):
-        assert [found[kind][0] for kind in ADAPTER_KINDS] == [0, 6, 6]
-        assert [found[kind][1] for kind in ADAPTER_KINDS[1:]] == [False, True]
+        assert [found[kind][0] for kind in ADAPTER_KINDS] == [0, 6, 6, 6]
+        assert [found[kind][1] for kind in ADAPTER_KINDS[1:]] == [False, True, True]
         _, _, losses, weights = found[0, False]
         untrained = adapted(LARGE[family]).state_dict()
         for kind in ADAPTER_KINDS[1:]:
@@ -382,3 +454,72 @@ def test_nothing_is_packed_where_nothing_was_swapped(faster):
     wrapper = loaded(tiny.LARGE_LLAMA)
     with packed_weights(wrapper):
         assert not any(hasattr(module, "packed") for module in wrapper.modules())
+
+
+# What oneDNN keeps
+
+KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+MANY_ROWS = """
+import psutil
+import torch
+from engine.models.linear_layers import use_fast_products
+torch.set_num_threads(1)
+{before}
+weight = torch.ones(384, 384)
+def resident(rows):
+    for count in rows:
+        torch.ops.mkldnn._linear_pointwise(torch.ones(count, 384), weight, None, "none", [], "")
+    return psutil.Process().memory_info().rss
+before = resident(range(64, 264))
+print("grown", resident(range(264, 464)) - before, flush=True)
+"""
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+TOLD = "use_fast_products(torch.nn.Identity())"
+
+
+def grown(before: str, **environment: str) -> float:
+    """MiB that a process of its own gains from its 201st to its 400th number of rows."""
+    free_at_once = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    mine = {name: of for name, of in os.environ.items() if not name.endswith("_CACHE_CAPACITY")}
+    done = subprocess.run(
+        [sys.executable, "-c", MANY_ROWS.format(before=before)],
+        env=mine | ranks.OFFLINE | NO_GPU | free_at_once | environment,
+        cwd=ranks.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split()[-1]) / 2**20
+
+
+@pytest.fixture(scope="module")
+def forgetting_nothing() -> float:
+    """Negative control: of a process that tells oneDNN nothing."""
+    found = grown("")
+    if found < 50:
+        pytest.skip("oneDNN keeps little on this processor")
+    return found
+
+
+def test_kernels_of_many_numbers_of_rows_are_let_go_of(forgetting_nothing):
+    assert grown(TOLD) < forgetting_nothing / 4
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_users_own_number_of_kernels_stays(monkeypatch, name):
+    for other in KERNELS:
+        monkeypatch.setenv(other, "")
+        monkeypatch.delenv(other)
+    monkeypatch.setenv(name, "1000")
+    use_fast_products(nn.Identity())
+    assert [os.environ.get(other) for other in KERNELS] == ["1000" if other == name else None for other in KERNELS]
+
+
+def test_a_loaded_model_remembers_few(faster, monkeypatch):
+    for name in KERNELS:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    loaded(tiny.LLAMA)
+    assert [os.environ[name] for name in KERNELS] == ["128", "128"]
