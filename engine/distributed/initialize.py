@@ -217,6 +217,11 @@ def parameter_bytes(engine: DeepSpeedEngine) -> int:
 def _built(build_model: Callable[[], nn.Module], config: dict[str, Any]) -> nn.Module:
     with _parameters_sharded_as_made(config):
         module = build_model()
+    if config["zero_optimization"].get("stage", 0) == 3:
+        # DeepSpeed finds out by itself in a pass in which such a weight is a shard. If it is whole in the first one, as
+        # small weights are after a checkpoint is loaded, the order of gathers that it notes down is without it.
+        for parameter in (p for head in module.heads_it_reads for p in head.parameters()):
+            deepspeed.zero.register_external_parameter(module, parameter)
     return module.to(device())
 
 

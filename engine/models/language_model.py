@@ -40,6 +40,11 @@ class LanguageModel(nn.Module):
         """The projection to the vocabulary."""
         return self.model.get_output_embeddings()
 
+    @property
+    def heads_it_reads(self) -> list[nn.Module]:
+        """Layers whose weights `forward` reads without calling them."""
+        return [self.head]
+
     def forward(
         self,
         input_ids: Tensor,

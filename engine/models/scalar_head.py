@@ -28,6 +28,11 @@ class ScalarHeadModel(nn.Module):
         super().__init__()
         self.model, self.score_mean, self.score_std = model, score_mean, score_std
 
+    @property
+    def heads_it_reads(self) -> list[nn.Module]:
+        """Layers whose weights `forward` reads without calling them."""
+        return [self.model.score]
+
     def keep_normalisation(self, mean: float, std: float) -> None:
         """Take these out from now on, and export them with the model; scores that do not vary keep their scale."""
         std = std if std > 0 else 1.0

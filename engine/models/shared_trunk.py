@@ -37,6 +37,10 @@ class SharedTrunk(LanguageModel):
     def has_value_head(self) -> bool:
         return self.value_head is not None
 
+    @property
+    def heads_it_reads(self) -> list[nn.Module]:
+        return [head for head in (self.head, self.value_head, self.reward_head) if head is not None]
+
     def forward(
         self, input_ids: Tensor, positions: Tensor, targets: Tensor | None = None, **given
     ) -> TokenLogprobs | Tensor:

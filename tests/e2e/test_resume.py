@@ -55,7 +55,7 @@ def test_ppo_goes_on_as_if_it_had_never_stopped(run_ranks, tmp_path, kind):
     check_same_end(whole, run_ranks(resuming.go, tiny.changed(config, resume="auto")), 3)
 
 
-@pytest.mark.parametrize(("kind", "moments"), [(2, (1, 4, 5)), ("strict", (3,))])
+@pytest.mark.parametrize(("kind", "moments"), [(2, (1, 4, 5)), (3, (3,)), ("strict", (3,))])
 def test_ppo_goes_on_from_the_middle_of_an_iteration(run_ranks, tmp_path, kind, moments):
     """Asked before each of an iteration's four steps: experience is in flight. And before an iteration: it is not."""
     whole = run_ranks(resuming.go, of_ppo(tmp_path, kind, checkpoint__every=None, num_iterations=3))
