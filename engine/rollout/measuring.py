@@ -145,7 +145,8 @@ def drawn_on_all_ranks(mine: Responses) -> Drawn:
     """What the ranks' rollouts say of their tokens, rank 0's first. A collective."""
     flat = [[number for row in getattr(mine, name) for number in row] for name in Drawn._fields]
     numbers = torch.tensor(flat, dtype=torch.float32, device=comm.device()).view(len(Drawn._fields), -1)
-    return Drawn(*comm.concatenated(numbers.t().contiguous()).cpu().unbind(1))
+    # Each as a tensor of its own: a checkpoint keeps them so, and a sum over every fifth number rounds otherwise.
+    return Drawn(*comm.concatenated(numbers.t().contiguous()).cpu().t().contiguous())
 
 
 def sequences_of_all_ranks(mine: Sequences) -> Sequences:

@@ -61,8 +61,8 @@ class Evaluation:
         config = trainer.config
         if (held_out is None) != (config.data.eval is None):
             raise ValueError(
-                "args.data.eval and the trainer's held-out prompts go together: pass "
-                "create_eval_dataset(args, tokenizer, train_phase=3)."
+                "args.data.eval and the trainer's held-out prompts go together: DeepSpeedPPOTrainer(rlhf_engine, args, "
+                "held_out=engine.data.create_eval_dataset(args, tokenizer, train_phase=3)) evaluates."
             )
         self.trainer, self.held_out, self.settings = trainer, held_out, config.evaluation
         self.initial: Answers | None = None

@@ -72,11 +72,12 @@ def test_ppo_goes_on_from_the_middle_of_an_iteration(run_ranks, tmp_path, kind, 
 MODES = {
     "lora": dict(actor__lora=SteadyLoRAConfig(r=4), critic__lora=SteadyLoRAConfig(r=2)),
     "trunk": dict(shared_trunk=True, actor__lora=SteadyLoRAConfig(r=4), reward__function="tiny:share_of_small_letters"),
+    "drawn": dict(rollout__logprobs="drawn"),
     "grpo": dict(advantage_estimator="grpo", rollout__samples_per_prompt=2),
 }
 
 
-@pytest.mark.parametrize(("mode", "kind"), [("lora", 2), ("trunk", "strict"), ("grpo", "strict")])
+@pytest.mark.parametrize(("mode", "kind"), [("lora", 2), ("drawn", 2), ("trunk", "strict"), ("grpo", "strict")])
 def test_every_mode_goes_on_from_the_middle_of_an_iteration(run_ranks, tmp_path, mode, kind):
     given = MODES[mode] | dict(checkpoint__every=None, num_iterations=3)
     whole = run_ranks(resuming.go, of_ppo(tmp_path, kind, **given))
