@@ -84,6 +84,19 @@ def score_head(name: str, seed: int = 1) -> str:
     return f"{name}&head=score&seed={seed}"
 
 
+def stir_adapters(module, scale: float) -> None:
+    """Weights that do something, in the place of those that adapters begin with."""
+    import torch
+
+    from engine.models.lora import is_adapter
+
+    rng = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if is_adapter(name):
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=rng))
+
+
 def reward_adapter(model: str, folder: Path) -> str:
     """A reward model's adapter of a random model in a folder of PEFT's, scores of mean 3 and deviation 2."""
     import torch

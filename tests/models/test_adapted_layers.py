@@ -37,11 +37,7 @@ def adapted(name):
     """With an adapter that does something."""
     form = dict(r=4, alpha=16.0, dropout=0.0, target_modules=None)
     wrapper = with_adapter(partial(loaded, name), seed=0, **form)
-    rng = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name_of, parameter in wrapper.named_parameters():
-            if is_adapter(name_of):
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=rng))
+    tiny.stir_adapters(wrapper, 0.1)
     return wrapper
 
 
@@ -127,11 +123,7 @@ def test_an_adapted_layer_is_pefts_own_in_every_form(faster, layer, kind):
         if two:
             inject_adapter_in_model(LoraConfig(**form_of), model, "second")
             model.inner.set_adapter(["default", "second"])
-        rng = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if is_adapter(name):
-                    parameter.copy_(0.1 * torch.randn(parameter.shape, generator=rng))
+        tiny.stir_adapters(model, 0.1)
         if merged:
             model.inner.merge()
         use_fast_products(model)

@@ -36,11 +36,7 @@ def adapted(name, *, seed=0, **given):
 
 def stirred(wrapper):
     """With an adapter that does something."""
-    rng = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in wrapper.named_parameters():
-            if is_adapter(name):
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=rng))
+    tiny.stir_adapters(wrapper, 0.3)
     return wrapper
 
 
