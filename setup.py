@@ -39,6 +39,7 @@ setup(
         "numpy>=2.4,<3",
         "pyyaml>=6.0,<7",
         "jsonargparse>=4.53,<5",
+        "docstring-parser>=0.18,<1",  # with it jsonargparse shows what docstrings say in --help
         "wandb>=0.31,<1",
         "tqdm>=4.70,<5",
         "psutil>=7.2,<8",
@@ -47,7 +48,14 @@ setup(
     ],
     extras_require={
         "quantization": QUANTIZATION,
-        "test": ["pytest>=9.0,<10", "hypothesis>=6.170,<7", "ruff>=0.17,<0.18", "playwright>=1.65,<2", *QUANTIZATION],
+        "test": [
+            "pytest>=9.0,<10",
+            "pytest-xdist>=3.8,<4",
+            "hypothesis>=6.170,<7",
+            "ruff>=0.17,<0.18",
+            "playwright>=1.65,<2",
+            *QUANTIZATION,
+        ],
         "bench": ["trl==1.11.0", "accelerate>=1.15,<2", "matplotlib>=3.11,<4"],
     },
 )

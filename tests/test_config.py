@@ -123,6 +123,21 @@ def test_a_value_of_the_wrong_type_is_refused_in_a_sentence(recipe, name, value,
         parse(PPOConfig, [*recipe, f"--{name}", value])
 
 
+@pytest.mark.parametrize("config_class", [SFTConfig, RewardModelConfig, DPOConfig, PPOConfig])
+def test_help_explains_every_setting(capsys, config_class):
+    """Of a group it is its heading that does."""
+    with pytest.raises(SystemExit):
+        parse(config_class, ["--help"])
+    shown = capsys.readouterr().out
+    option = r"^  --([a-z_0-9.]+)(?:, \S+)? (?:\{.*?\}|[A-Z_0-9]+|\[.*?\])?(.*?)(?=^  -|^\S|\Z)"
+    about = {
+        name: text.split("(type:")[0].split() for name, text in re.findall(option, shown, re.MULTILINE | re.DOTALL)
+    }
+    assert set(config_class.__dataclass_fields__) <= {name.split(".")[0] for name in about}
+    assert not [name for name, words in about.items() if len(words) < 3]
+    assert "<class" not in shown
+
+
 def test_a_misspelt_setting_of_a_group_that_may_be_left_out_is_named(recipe):
     with pytest.raises(ValueError, match=r"^actor\.lora\.rank is not a setting\.\n"):
         parse(PPOConfig, [*recipe, "--actor.lora.rank", "8"])

@@ -14,7 +14,8 @@ class DataConfig:
         train: a JSONL, JSON, CSV or Parquet file, a folder of such files, or a hub name; or a list of these.
         weights: one number per entry of `train`: their shares of the rows that are used, which are then as many as
             the scarcest source allows. Without weights every row is used.
-        train_subset, train_split: which part of a hub dataset.
+        train_subset: of a hub dataset, where it has several.
+        train_split: of a hub dataset.
         prompt_column: the column that holds the prompt; found among the usual names when not given. An `instruction`
             that is found is Alpaca's: a row's `input` follows it after a blank line.
         prompt_format: what to do with a prompt that is a string: `text` takes it as it is, `chat` as what the user
@@ -25,8 +26,9 @@ class DataConfig:
         over_length: `drop` (the count is printed), `error`, `truncate_left` (keep the end, and a BOS token before it),
             `truncate_right` (not of conversations: the turn that asks for an answer is at their end).
         max_samples: only the first so many rows of each source.
-        eval: what is held out, with the columns of `train`: a file, a folder or a hub name; `eval_split` is that of a
-            hub dataset. In PPO these are prompts; see `EvaluationConfig`.
+        eval: what is held out, with the columns of `train`: a file, a folder or a hub name. In PPO these are prompts;
+            see `EvaluationConfig`.
+        eval_split: of a hub dataset that is held out.
     """
 
     train: str | list[str]
@@ -100,9 +102,10 @@ class PreferenceDataConfig(SupervisedDataConfig):
     """Pairs of responses (reward model, DPO).
 
     Attributes:
-        chosen_column, rejected_column: `chosen` and `rejected` when not given. Without a prompt column, or with one of
-            these two for it, each holds a whole conversation: a list of messages, or a transcript with
-            `\\n\\nAssistant:` turns. With one, a conversation holds the prompt or goes on from it.
+        chosen_column: `chosen` when not given. Without a prompt column, or with this or the rejected one for it, both
+            hold a whole conversation: a list of messages, or a transcript with `\\n\\nAssistant:` turns. With one,
+            a conversation holds the prompt or goes on from it.
+        rejected_column: `rejected` when not given; as `chosen_column`.
         margin_column: by how much the chosen response should win before the loss is content, in units of the score
             (Touvron et al. 2023, https://arxiv.org/abs/2307.09288, section 3.2.2); 0 for every row when not given.
     """

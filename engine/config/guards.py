@@ -13,6 +13,7 @@ class KLGuardConfig:
         max_kl: nats per response, mean over an iteration. Above it the run stops, unless it may go back.
         roll_backs: so many times the run goes back to the newest checkpoint from before the actor ran away, and on from
             there with learning rates that are smaller by `factor`.
+        factor: what a roll back multiplies the learning rates with.
     """
 
     max_kl: float | None = None

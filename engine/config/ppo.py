@@ -29,42 +29,66 @@ class PPOConfig:
     """One PPO run (Schulman et al. 2017; Ouyang et al. 2022).
 
     Attributes:
+        actor: the model that writes responses and is trained.
+        reward: where a response's score comes from.
+        data: the prompts.
         critic: starts from the reward model's weights unless its own model is named; with a score function, from the
             actor's with a fresh head.
         ref: the actor's starting point unless its own model is named; where the actor trains an adapter, that is the
             actor itself with the adapter switched off, and no second model is built.
+        rollout: how responses are written.
+        tracking: what is written down.
+        checkpoint: when a run can be gone on with.
+        evaluation: how the prompts of `data.eval` are asked.
+        kl_guard: what happens where the actor runs away from the ref.
+        pretraining: a language-model loss beside PPO's; none when not given.
         shared_trunk: one model in memory in place of four: actor and critic are one adapter (`actor.lora`) with two
             heads, trained together; the ref is the model without it; the reward model, where there is one, is another
             adapter of the same model, as reward-model training exports it with `lora.export: adapter`.
-        value_coef: of the value loss, beside the policy's. A critic of its own feels it in gradient clipping alone.
-        zero_stage: of every role that does not name its own; `ds_config` is a DeepSpeed JSON file in its place. `auto`
-            takes the cheapest stages that fit, by the memory plan; they are chosen when the run starts.
-        dtype: `auto` is bfloat16 on a GPU and float32 on a CPU.
+        output_dir: the run's folder; made where it is missing.
+        resume: `auto` goes on from the newest checkpoint in `output_dir`, or begins where there is none; `never`
+            removes what checkpoints there are. A run is not begun beside them when not given.
+        seed: of everything that is drawn: fresh heads and adapters, the order of prompts, responses.
+        dtype: of weights and what is computed with them; `auto` is bfloat16 on a GPU and float32 on a CPU.
+        zero_stage: of every role that does not name its own. `auto` takes the cheapest stages that fit, by the memory
+            plan; they are chosen when the run starts.
+        ds_config: a DeepSpeed JSON file in place of `zero_stage`.
+        num_train_epochs: times through the prompts; `num_iterations` is a number of iterations in its place.
+        num_iterations: of generation and training; as many as `num_train_epochs` come to when not given.
         rollout_batch_size: responses per iteration, all GPUs.
         minibatch_size: responses per optimizer step, all GPUs.
         micro_batch_size: responses of full length per forward pass, one GPU. Shorter responses share a forward pass
             as long as they stay within the same number of tokens; gradient accumulation is derived.
+        ppo_epochs: how often an iteration's responses are trained on.
         advantage_estimator: `gae` with a critic, or one of the critic-free ones, which compare the responses to a
             prompt (`rollout.samples_per_prompt` of them) or look at the rewards alone: no critic is then built.
         advantage_whitening: shift and scale the advantages of an iteration; `auto` does so for `gae` and the two
             `reinforce_plus_plus`.
         kl_coef: of the per-token KL penalty between actor and ref.
         kl_placement: the penalty is part of the rewards, or a term of the actor's loss (k2, k3 or full).
-        kl_target, kl_horizon: of the adaptive controllers, in nats per response and in responses.
-        policy_loss: `clip`, or `penalty` on the KL to the policy that sampled, with a coefficient that begins at
-            `penalty_coef` and is doubled or halved to keep that KL near `penalty_target` nats per token.
+        kl_estimator: k1, k2 and k3 look at the drawn token alone (Schulman 2020, http://joschu.net/blog/kl-approx.html),
+            `full` at the whole vocabulary.
+        kl_controller: `fixed` keeps `kl_coef`; `ziegler` (2019, https://arxiv.org/abs/1909.08593) moves it in
+            proportion to the error, `schulman` (2017, https://arxiv.org/abs/1707.06347) by doubling and halving.
+        kl_target: of a controller that moves `kl_coef`, in nats per response.
+        kl_horizon: of `ziegler`, in responses: how many it takes to move `kl_coef` far.
+        gamma: discount of later rewards, per token.
+        lam: lambda of GAE: 1 trusts the rewards alone, 0 the critic.
+        policy_loss: `clip`, or `penalty` on the KL to the policy that sampled.
         loss_mean: every token weighs the same, or every response, or a constant number of tokens divides the sum.
+        penalty_coef: where `penalty` begins; it is doubled or halved to keep the KL near `penalty_target`.
+        penalty_target: of `penalty`, in nats per token.
         target_kl: an iteration's epochs end early when a step's approximate KL to the policy that sampled exceeds so
             many nats per token.
         entropy_coef: of the mean entropy, which is taken off the loss.
         importance_cap: correct for the difference between the distribution that tokens were drawn from and the
             actor's (filters, precision) by their ratio, cut off here; no correction when not given.
+        clip_range: how far the ratio of the policies may be from 1 before a token stops pulling.
+        value_coef: of the value loss, beside the policy's. A critic of its own feels it in gradient clipping alone.
         value_clip_range: around the values at rollout time.
         value_label: the critic's regression target.
         ema_decay: of an exponential moving average of the actor's weights, taken after every optimizer step and
             exported as `actor_ema`; no average when not given.
-        resume: `auto` goes on from the newest checkpoint in `output_dir`, or begins where there is none; `never`
-            removes what checkpoints there are. A run is not begun beside them when not given.
         logits_chunk_tokens: so many tokens are projected to the vocabulary at a time.
         max_skipped_steps: so many steps skipped in a row for numbers that are not finite stop the run.
         distributed_timeout_s: a rank that waits longer for the others gives up.

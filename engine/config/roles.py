@@ -28,11 +28,13 @@ class FrozenRoleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
-    """A low-rank adapter, trained in place of the weights: W + alpha / r * B A (Hu et al. 2021,
-    https://arxiv.org/abs/2106.09685).
+    """A low-rank adapter, trained in place of the weights.
+
+        W + alpha / r * B A        (Hu et al. 2021, https://arxiv.org/abs/2106.09685)
 
     Attributes:
         r: the adapter's rank; 0 switches it off.
+        alpha: the adapter is scaled by alpha / r.
         dropout: of what goes into the adapter, in training. Every rank draws its own, so that with dropout a run's
             numbers depend on how many ranks there are.
         target_modules: names of the linear layers to adapt, as `q_proj`; all of the backbone's when not given. A scalar
@@ -62,8 +64,10 @@ class LoRAConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SteadyLoRAConfig(LoRAConfig):
-    """An adapter without dropout: PPO compares log-probabilities and values of the same weights taken at different
-    moments, and noise between them would be read as a change of policy.
+    """A low-rank adapter without dropout, trained in place of the weights.
+
+    PPO compares log-probabilities and values of the same weights taken at different moments, and noise between them
+    would be read as a change of policy.
     """
 
     dropout: float = 0.0
@@ -83,6 +87,11 @@ class OptimizerConfig:
 
     Attributes:
         learning_rate: the peak; reached after `warmup_steps` optimizer steps and then changed by `lr_scheduler`.
+        lr_scheduler: after the warm-up: `constant`, or down to 0 at the run's end, `linear` or as a `cosine`.
+        warmup_steps: optimizer steps in which the learning rate rises from 0.
+        weight_decay: of matrices, as AdamW has it; vectors (norms, biases) have none.
+        adam_beta1: how much of its past the mean of gradients keeps in a step.
+        adam_beta2: the same of the mean of their squares.
         adam_epsilon: added to the root of the second moment. Where a gradient is as small as this, rounding decides how
             far a weight moves; PPO is often run with 1e-5 (Huang et al. 2024, https://arxiv.org/abs/2403.17031).
         max_grad_norm: gradients are scaled down to this global norm; 0 switches clipping off.
@@ -144,15 +153,16 @@ class TrainedRoleConfig(OptimizerConfig, FrozenRoleConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class CriticConfig(TrainedRoleConfig):
-    """The critic learns faster than the actor unless told otherwise."""
+    """The critic, which learns faster than the actor unless told otherwise."""
 
     learning_rate: float = 5e-6
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig(FrozenRoleConfig):
-    """Where the score of a whole response comes from: a reward model, a Python function, an HTTP service, or the
-    weighted sum of several; and what becomes of it before it is a reward.
+    """Where the score of a whole response comes from, and what becomes of it before it is a reward.
+
+    A reward model, a Python function, an HTTP service, or the weighted sum of several.
 
     Attributes:
         function: `module:function`, plain or async. Called with `prompts` and `responses` (lists of text) and one
@@ -160,7 +170,9 @@ class RewardConfig(FrozenRoleConfig):
             environment there is one more, `conversations`: of each episode all messages, those of the prompt too;
             `responses` are then the actor's turns, joined by newlines.
         url: of a service that is sent the same as JSON; see `engine.rollout.score_service`.
-        model_weight, function_weight, url_weight: of the sum.
+        model_weight: of the reward model's score in the sum.
+        function_weight: of the function's.
+        url_weight: of the service's.
         timeout_s: how long a call of the function, or one attempt at the service, may take.
         retries: further attempts at a service that is down, slow or overloaded.
         on_error: what to do with responses that a function or service fails to score: `stop` the run, or `mask` them,
@@ -168,8 +180,9 @@ class RewardConfig(FrozenRoleConfig):
         running_normalisation: shift and scale scores by the mean and deviation of all scores so far.
         clip: scores are then kept within +-clip.
         missing_eos_penalty: taken off the score of a response that was cut off.
-        overlong_penalty, overlong_tokens: taken off the score of a long response, growing from 0 to `overlong_penalty`
-            over the last `overlong_tokens` before `rollout.max_response_tokens`.
+        overlong_penalty: taken off the score of a long response, growing from 0 to this over the last
+            `overlong_tokens` before `rollout.max_response_tokens`.
+        overlong_tokens: over how many tokens the penalty grows.
     """
 
     function: str | None = None

@@ -12,9 +12,11 @@ class RolloutConfig:
     """How the actor writes responses.
 
     Attributes:
+        max_response_tokens: a response is cut off there.
         min_response_tokens: the end-of-sequence token cannot be drawn before so many tokens.
         temperature: divides the logits, here and in every log-probability that is compared with the rollout's.
-        top_p, top_k: nucleus and top-k filters; 1.0 and 0 switch them off.
+        top_p: draw from the likeliest tokens that have this probability together; 1.0 is all of them.
+        top_k: draw from so many of the likeliest tokens; 0 is all of them.
         samples_per_prompt: responses drawn for each prompt.
         micro_batch_size: responses decoded at the same time on one GPU; all of the rank's when not given.
         logprobs: the actor's log-probabilities of its responses, which PPO's ratios and the KL to the ref are taken to:
@@ -76,8 +78,9 @@ class RolloutConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainingConfig:
-    """A language-model loss beside PPO's, so that the actor forgets less (PPO-ptx; Ouyang et al. 2022,
-    https://arxiv.org/abs/2203.02155, eq. 2).
+    """A language-model loss beside PPO's, so that the actor forgets less.
+
+    PPO-ptx (Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, eq. 2).
 
     Attributes:
         data: demonstrations; every optimizer step takes `minibatch_size` of them.

@@ -16,16 +16,24 @@ class SupervisedConfig(OptimizerConfig):
     """What the three stages have in common. An iteration is one optimizer step.
 
     Attributes:
+        data: what is learned from, and what is held out.
+        tracking: what is written down.
+        checkpoint: when a run can be gone on with.
+        output_dir: the run's folder; made where it is missing.
+        resume: `auto` goes on from the newest checkpoint in `output_dir`, or begins where there is none; `never`
+            removes what checkpoints there are. A run is not begun beside them when not given.
+        seed: of everything that is drawn: fresh heads and adapters, the order of examples.
+        dtype: of weights and what is computed with them; `auto` is bfloat16 on a GPU and float32 on a CPU.
+        zero_stage: of every role that does not name its own.
+        ds_config: a DeepSpeed JSON file in place of `zero_stage`.
         num_train_epochs: times through the data; `num_iterations` is a number of optimizer steps in its place.
+        num_iterations: optimizer steps; as many as `num_train_epochs` come to when not given.
         minibatch_size: examples (demonstrations, pairs) per optimizer step, all GPUs.
         micro_batch_size: examples of full length per forward pass, one GPU. Shorter ones share a forward pass as
             long as they stay within the same number of tokens; gradient accumulation is derived.
         packing: lay the examples of a forward pass one after another into one row instead of padding each to the
             longest. No example sees another.
         eval_every: optimizer steps between evaluations; there is one before the first and one after the last step.
-        resume: `auto` goes on from the newest checkpoint in `output_dir`, or begins where there is none; `never`
-            removes what checkpoints there are. A run is not begun beside them when not given.
-        dtype: `auto` is bfloat16 on a GPU and float32 on a CPU.
         logits_chunk_tokens: so many tokens are projected to the vocabulary at a time.
         max_skipped_steps: so many steps skipped in a row for numbers that are not finite stop the run.
         distributed_timeout_s: a rank that waits longer for the others gives up.

@@ -11,6 +11,8 @@ class TrackingConfig:
     Attributes:
         wandb: `offline` needs no account (`wandb sync OUT/wandb/offline-run-*` uploads later); without a key `online`
             is `offline`.
+        project: the one in W&B that the run belongs to.
+        run_name: in W&B, which makes one up when not given.
         samples_per_iteration: rows of `samples.jsonl` per iteration.
     """
 
