@@ -20,6 +20,7 @@ class Plan:
 
     Attributes:
         device: what the models are on.
+        dtype: of weights and what is computed with them.
         roles: those that are models of their own.
         sharding: the file that describes each role's.
         phases: load, generate, score, train.
@@ -28,6 +29,7 @@ class Plan:
 
     world_size: int
     device: Literal["cuda", "cpu"]
+    dtype: str
     roles: dict[str, ModelStates]
     sharding: dict[str, Path]
     phases: dict[str, Phase]
@@ -50,6 +52,7 @@ class Plan:
         return {
             "world_size": self.world_size,
             "device": self.device,
+            "dtype": self.dtype,
             "roles": roles,
             "phases": {name: {"peak_bytes": of.peak_bytes, "parts": of.parts} for name, of in self.phases.items()},
             "peak_bytes": self.peak_bytes,
@@ -63,19 +66,19 @@ class Planner:
 
     config: PPOConfig
     device: Literal["cuda", "cpu"]
+    dtype: str
     roles: tuple[Role, ...]
 
     @classmethod
     def of(cls, config: PPOConfig, *, device: Literal["cuda", "cpu"]) -> "Planner":
-        dtype = getattr(torch, resolved_dtype(config.dtype, on_gpu=device == "cuda"))
-        return cls(config, device, roles_of(config, dtype=dtype))
+        dtype = resolved_dtype(config.dtype, on_gpu=device == "cuda")
+        return cls(config, device, dtype, roles_of(config, dtype=getattr(torch, dtype)))
 
     def states(self, role: Role, sharding: Path, *, world_size: int) -> ModelStates:
         """Of a role, sharded as a file of `ds_configs/` says."""
-        dtype = str(role.dtype).removeprefix("torch.")
-        zero = training_config(sharding, dtype=dtype, max_grad_norm=0) if role.trained else None
+        zero = training_config(sharding, dtype=self.dtype, max_grad_norm=0) if role.trained else None
         given = dict(world_size=world_size, device=self.device)
-        return model_states(role, sharding_of(zero or frozen_config(sharding, dtype=dtype)), **given)
+        return model_states(role, sharding_of(zero or frozen_config(sharding, dtype=self.dtype)), **given)
 
     def plan(
         self, sharding: Mapping[str, Path], *, world_size: int, ranks_per_node: int, sizes: Sizes | None = None
@@ -104,7 +107,7 @@ class Planner:
         # A model that is not sharded as it is made is read into the host's memory by every rank, and moved from there.
         loaded = [of.whole_bytes * (1 if of.zero_stage == 3 else here) for of in states.values()]
         host = max(loaded) + here * sum(of.host_bytes for of in states.values())
-        return Plan(world_size, self.device, states, dict(sharding), found, host)
+        return Plan(world_size, self.device, self.dtype, states, dict(sharding), found, host)
 
 
 def memory_plan(

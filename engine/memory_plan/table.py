@@ -9,19 +9,20 @@ def as_table(plan: Plan) -> str:
     for name, of in plan.roles.items():
         sizes = (of.weights_bytes, of.gradients_bytes, of.optimizer_bytes, of.host_bytes)
         sharding = plan.sharding[name].stem if plan.sharding[name].stem != "zero0" else f"zero{of.zero_stage}"
-        roles.append((name, sharding, f"{of.parameters / 1e9:.2f} B", *map(readable, sizes)))
+        roles.append((name, sharding, counted(of.parameters), *map(readable, sizes)))
     if plan.roles["actor"].average_bytes:
         actor = plan.roles["actor"]
         size = readable(actor.average_bytes)
-        roles.append(("actor_ema", roles[1][1], f"{actor.trained_parameters / 1e9:.2f} B", size, "-", "-", "-"))
+        roles.append(("actor_ema", roles[1][1], counted(actor.trained_parameters), size, "-", "-", "-"))
     phases = [("phase", "peak", "of which")]
     for name, phase in plan.phases.items():
         parts = sorted(phase.parts.items(), key=lambda item: -item[1])
         phases.append((name, readable(phase.peak_bytes), ", ".join(f"{part} {readable(size)}" for part, size in parts)))
     ranks = "1 rank" if plan.world_size == 1 else f"each of {plan.world_size} ranks"
+    peak, host = readable(plan.peak_bytes), readable(plan.host_bytes)
     return (
         f"{_lines(roles)}\n\n{_lines(phases)}\n\n"
-        f"Peak on {ranks}: {readable(plan.peak_bytes)}. A machine's own memory: {readable(plan.host_bytes)}."
+        f"Peak on {ranks}, in {plan.dtype}: {peak}. A machine's own memory: {host}."
     )
 
 
@@ -30,6 +31,12 @@ def readable(size: float) -> str:
     if not size:
         return "-"
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
+
+
+def counted(parameters: int) -> str:
+    """In billions, or in millions below one, or as they are."""
+    units = {"B": 1e9, "M": 1e6}
+    return next((f"{parameters / of:.2f} {unit}" for unit, of in units.items() if parameters >= of), f"{parameters:,}")
 
 
 def _lines(rows: list[tuple[str, ...]]) -> str:

@@ -113,6 +113,7 @@ def test_a_plan_is_readable_and_can_be_written(recommended):
     plan = recommended("llama-3.1-8b").plan
     table = as_table(plan)
     assert "actor   zero2     8.03 B      15.0 GiB" in table and "KV cache" in table
+    assert "Peak on each of 8 ranks, in bfloat16: " in table
     written = json.loads(json.dumps(plan.as_dict()))
     assert written["roles"]["actor"]["parameters"] == 8_030_261_248
     assert set(written["phases"]) == {"load", "generate", "score", "train"}
