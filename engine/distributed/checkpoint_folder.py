@@ -23,6 +23,18 @@ def checkpoints_in(root: Path) -> list[Path]:
     return [found[number] for number in sorted(filter(str.isdigit, found), key=int, reverse=True)]
 
 
+def refuse_to_begin_beside(root: Path) -> None:
+    """
+    Raises:
+        ValueError: there are checkpoints, and nobody has said what to do about them.
+    """
+    if found := checkpoints_in(root):
+        raise ValueError(
+            f"{found[0]} is of an earlier run: go on from it with --resume auto, begin anew with --resume never (which "
+            f"removes it), or name another --output_dir."
+        )
+
+
 def remove_checkpoints(root: Path, *, after: int = -1) -> None:
     """All of them, or those of later iterations than this one."""
     for folder in checkpoints_in(root):

@@ -1,12 +1,14 @@
 """One rank of a run under way: it has joined the others, holds the run's folder, listens for signals and watches."""
 
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from engine.config import as_dict
 from engine.config.secrets import shown
 from engine.distributed import comm
+from engine.distributed.checkpoint_folder import refuse_to_begin_beside
 from engine.distributed.stopping import StopRequest
 from engine.distributed.watch import Watch
 from engine.run_folder import claim, release
@@ -26,7 +28,8 @@ class Run:
 
         Raises:
             ValueError: on every rank, when the ranks were started with different settings or versions, cannot share
-                out the run's sizes, or cannot have `output_dir`.
+                out the run's sizes, or cannot have `output_dir`: another run has it, or an earlier one left checkpoints
+                and `resume` is not set.
         """
         comm.init_distributed(timeout_s=config.distributed_timeout_s)
         self.stop = StopRequest.listening()
@@ -36,6 +39,8 @@ class Run:
         )
         with comm.same_error_everywhere():
             self.lock = claim(config.output_dir) if comm.is_main() else None
+            if comm.is_main() and config.resume is None:
+                refuse_to_begin_beside(Path(config.output_dir) / "checkpoints")
         self.watch = Watch()
         self.listeners: list[Callable[[str, int], None]] = [self.watch.tell]
 

@@ -12,7 +12,7 @@ from engine.data import PromptDataset
 from engine.data.examples import Examples
 from engine.distributed import comm
 from engine.distributed.checkpoint import Trained, load_checkpoint, newest_checkpoint, save_checkpoint
-from engine.distributed.checkpoint_folder import checkpoints_in, remove_checkpoints
+from engine.distributed.checkpoint_folder import refuse_to_begin_beside, remove_checkpoints
 from engine.distributed.stopping import StopRequest
 from engine.models.loading import content_digest
 from engine.tracking import Tracker
@@ -119,11 +119,8 @@ class Checkpoints:
         with comm.same_error_everywhere():
             if comm.is_main() and self.resume == "never":
                 remove_checkpoints(self.root)
-            elif comm.is_main() and (found := checkpoints_in(self.root)):
-                raise ValueError(
-                    f"{found[0]} is of an earlier run: go on from it with --resume auto, begin anew with --resume "
-                    f"never (which removes it), or name another --output_dir."
-                )
+            elif comm.is_main():
+                refuse_to_begin_beside(self.root)
         return None
 
     def go_back(self, *, before: int) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
