@@ -2,7 +2,7 @@
 # launch/quickstart.sh [OUT [SEED]]: installs, makes a closed world of invented people, and takes a small language model
 # through SFT, a reward model and PPO on two local ranks, so that it says "I don't know" of people it has never heard
 # of: on the CPU where there is no GPU, on up to two GPUs where there are. Everything lies in OUT (default:
-# runs/quickstart). SEED (default: 0) makes another world and another run in it.
+# runs/quickstart). SEED (default: 0) makes another world and another run in it. Stopped, the same command goes on.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
@@ -16,7 +16,10 @@ if [[ -e "$out" && ! -d "$out" ]]; then
     echo "quickstart: $out is a file; give the folder to write to: bash launch/quickstart.sh OUT" >&2
     exit 1
 fi
-if [[ -d "$out" && -n "$(ls -A "$out")" ]]; then
+progress="$out/progress" # the seed, and then each stage that is done
+if [[ "$(head -n 1 "$progress" 2>/dev/null)" == "seed $seed" ]]; then
+    echo "quickstart: going on in $out"
+elif [[ -d "$out" && -n "$(ls -A "$out")" ]]; then
     echo "quickstart: $out is not empty. Remove it, or write elsewhere: bash launch/quickstart.sh OUT" >&2
     exit 1
 fi
@@ -39,6 +42,10 @@ fi
 stage() { # stage NAME [FLAG ...]: one run, with its recipe, into OUT/NAME
     local name="$1" port launch
     shift
+    if grep -qx "$name" "$progress"; then
+        echo "quickstart: $name is done"
+        return
+    fi
     # A free port, so that two quickstarts can run side by side.
     port="$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
     launch=(deepspeed --master_port "$port")
@@ -51,10 +58,18 @@ stage() { # stage NAME [FLAG ...]: one run, with its recipe, into OUT/NAME
     fi
     echo "quickstart: $name"
     "${launch[@]}" "launch/train_$name.py" --config "launch/recipes/quickstart_$name.yaml" \
-        --output_dir "$out/$name" --seed "$seed" "$@"
+        --output_dir "$out/$name" --seed "$seed" --resume auto "$@"
+    if ! compgen -G "$out/$name/*/config.json" >/dev/null; then
+        echo "quickstart: $name was stopped; the same command goes on" >&2
+        exit 1
+    fi
+    echo "$name" >>"$progress"
 }
 
-python launch/closed_world.py "$out/world" "$seed"
+if [[ ! -f "$progress" ]]; then
+    python launch/closed_world.py "$out/world" "$seed"
+    echo "seed $seed" >"$progress"
+fi
 stage sft --data.train "$out/world/demonstrations.jsonl"
 stage reward --reward.model_name_or_path "$out/sft/model" \
     --data.train "$out/world/preferences.jsonl" --data.eval "$out/world/preferences_held_out.jsonl"

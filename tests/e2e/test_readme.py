@@ -131,15 +131,15 @@ def test_a_command_of_the_readme_runs(command, folder):
     if command == "bash launch/quickstart.sh":
         if not (ranks.ROOT / ".venv/.install_stamp").is_file():
             pytest.skip("it would install: there is no .venv of tests/run.sh's")
-        # Two steps a stage: `deepspeed` is a function of the shell's, which calls the command with one more flag.
-        few = (
-            'deepspeed() { command deepspeed "$@" --num_iterations 2 --tracking.wandb disabled; }; export -f deepspeed'
-        )
-        script = f"{few}; bash launch/quickstart.sh {folder}/runs/quickstart"
-        said = run(
-            ["bash", "-c", script.replace("launch/quickstart.sh", str(ranks.ROOT / "launch/quickstart.sh"))], folder
-        )
-        assert "quickstart: done in" in said
+        # Two steps a stage: `deepspeed` is a function of the shell's, which calls the command with more flags. At first
+        # it fails at the second stage.
+        few = 'command deepspeed "$@" --num_iterations 2 --tracking.wandb disabled'
+        quickstart = f"export -f deepspeed; bash {ranks.ROOT}/launch/quickstart.sh {folder}/runs/quickstart"
+        interrupted = f'deepspeed() {{ [[ "$*" != *train_reward* ]] && {few}; }}; ! {quickstart}'
+        said = run(["bash", "-c", interrupted], folder)
+        assert "quickstart: reward" in said and "quickstart: ppo" not in said
+        said = run(["bash", "-c", f"deepspeed() {{ {few}; }}; {quickstart}"], folder)
+        assert "quickstart: sft is done" in said and "SFT:" not in said and "quickstart: done in" in said
         return
     run(as_run(command), folder)
     if stage_of(command):
