@@ -15,12 +15,14 @@ import os
 import sys
 from dataclasses import asdict
 
+from engine import startup
 from engine.doctor.examination import examine
 from engine.doctor.findings import Finding
 from engine.doctor.subject import Subject
 
 
 def main() -> int:
+    startup.imported()
     subject, as_json = asked()
     told = []
     for finding in examine(subject):

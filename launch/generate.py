@@ -10,6 +10,7 @@ the same seed writes the same ones, whatever the batch size. Leaves out: several
 
 import sys
 
+import engine.startup  # noqa: F401 - first
 from engine.answering.answerer import load_answerers
 from engine.answering.batch import write_responses
 from engine.answering.chat import Chat

@@ -10,6 +10,7 @@ import argparse
 import re
 import sys
 
+import engine.startup  # noqa: F401 - first
 from engine.config import PPOConfig, parse, run
 from engine.memory_plan import Machine, Planner, as_table, memory_plan, recommendation
 from engine.memory_plan.recommendation import MARGIN

@@ -10,6 +10,7 @@ import argparse
 import json
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import engine.startup  # noqa: F401 - first
 from engine.config import run
 from engine.rollout.score_functions import load_score_function, scores_of_function
 

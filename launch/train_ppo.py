@@ -10,6 +10,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import engine.startup  # noqa: F401 - first
 from engine.config import PPOConfig, parse, run
 from engine.data import create_datasets, create_eval_dataset, create_pretraining_dataset
 from engine.distributed import comm

@@ -9,6 +9,7 @@ the output folder; the mean and standard deviation of its scores are in reward/c
 
 from pathlib import Path
 
+import engine.startup  # noqa: F401 - first
 from engine.config import RewardModelConfig, parse, run
 from engine.distributed.export import export_huggingface
 from engine.distributed.run import Run

@@ -8,6 +8,7 @@ the output folder; `--resume auto` goes on with a run that ended early.
 
 from pathlib import Path
 
+import engine.startup  # noqa: F401 - first
 from engine.config import SFTConfig, parse, run
 from engine.distributed.export import export_huggingface
 from engine.distributed.run import Run

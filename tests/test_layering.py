@@ -22,14 +22,15 @@ LAYERS = {
 }
 # None is a layer: the config is for layers 2 and up, a tracker is told what to write, a plan is asked before a run, a
 # report reads files only, a doctor is asked by nobody and looks at what a run reads, the user's code among it.
-FREE = {"config", "doctor", "environments", "memory_plan", "report", "run_folder", "scores", "tracking"}
+FREE = {"config", "doctor", "environments", "memory_plan", "report", "run_folder", "scores", "startup", "tracking"}
 MAY_IMPORT = {
-    "config": set(),
+    "config": {"startup"},
     "doctor": {"config", "data", "models", "distributed", "rollout", "run_folder"},
     "environments": {"scores"},
     "memory_plan": {"algorithms", "config", "distributed", "models"},
     "report": set(),
     "run_folder": set(),
+    "startup": set(),
     "tracking": {"config"},
 }
 

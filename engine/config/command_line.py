@@ -14,6 +14,7 @@ import yaml
 
 from engine.config.ppo import PPOConfig
 from engine.config.presets import PRESETS
+from engine.startup import imported
 
 Config = TypeVar("Config")
 
@@ -31,6 +32,7 @@ def parse(config_class: type[Config], args: Sequence[str] | None = None) -> Conf
 
     parser = ArgumentParser(
         description=config_class.__doc__.splitlines()[0],
+        usage="%(prog)s [--config RECIPE] [--SETTING VALUE ...]",  # all of them would fill two screens
         exit_on_error=False,
         allow_abbrev=False,  # a typo that happens to be a prefix of a name is still a typo
     )
@@ -76,11 +78,13 @@ def _preset(args: Sequence[str]) -> dict[str, Any]:
 
 
 def run(main: Callable[[], None]) -> None:
-    """A launch script's main: a mistake of the user's ends it with the message that names it and exit code 1.
+    """A launch script's main, once all is imported: a mistake of the user's ends it with the message that names it and
+    exit code 1.
 
     A message is all there is to know of a ValueError that the engine itself raises. From anywhere else it is a bug,
     and keeps its traceback.
     """
+    imported()
     try:
         main()
     except ValueError as error:
