@@ -16,10 +16,16 @@ for folder in (str(TESTS), str(TESTS.parent)):
     if folder not in sys.path:
         sys.path.insert(0, folder)
 
-import ranks  # noqa: E402 - needs the path above
+from engine import startup  # noqa: E402, I001 - first of what needs the path above
+
+import ranks  # noqa: E402
 import tiny  # noqa: E402
 
 os.environ.update({name: value for name, value in ranks.OFFLINE.items() if name != "PYTHONPATH"})
+
+
+def pytest_collection_finish():
+    startup.imported()
 
 
 @pytest.fixture(scope="session", autouse=True)

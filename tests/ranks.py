@@ -8,9 +8,11 @@ import contextlib
 import gc
 import importlib.util
 import inspect
+import itertools
 import multiprocessing.connection as connections
 import os
 import pickle
+import random
 import signal
 import socket
 import subprocess
@@ -43,11 +45,16 @@ class RankFailed(AssertionError):  # noqa: N818 - a failed assertion of a test, 
     """A rank raised, died or did not answer in time; the message shows what it said."""
 
 
+# Below those that the kernel gives out: by the time that a run listens on one, another would have it now and then.
+PORTS = itertools.cycle(random.Random().sample(range(15_000, 32_000), 17_000))
+
+
 def free_port() -> int:
     """One that nothing listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    for port in PORTS:
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 class Pool:
@@ -169,10 +176,14 @@ def _found(path: str, module_name: str, qualname: str) -> Callable:
 
 
 def _serve(pipe: Connection, group_timeout_s: int) -> None:
+    from engine import startup  # noqa: I001 - first
+
     import torch
 
+    import engine.trainers.ppo_trainer  # noqa: F401 - all that most functions import
     from engine.distributed import comm
 
+    startup.imported()
     torch.set_num_threads(1)
     comm.init_distributed(timeout_s=group_timeout_s)
     pipe.send_bytes(pickle.dumps((True, None)))

@@ -25,8 +25,9 @@ if [[ "$lint" == failed ]]; then
 fi
 
 code=0
-# testpaths holds when the arguments name no path of their own.
-python -m pytest --rootdir "$root" --override-ini testpaths=tests "$@" || code=$?
+# testpaths holds when the arguments name no path of their own. Two files at a time: much of a test is waiting for one
+# core, as processes start one after another; `-n 0` runs one.
+python -m pytest --rootdir "$root" --override-ini testpaths=tests -n 2 --dist loadfile "$@" || code=$?
 
 echo "tests/run.sh: $((SECONDS / 60)) min $((SECONDS % 60)) s, lint $lint"
 if [[ "$code" == 0 && "$lint" == failed ]]; then

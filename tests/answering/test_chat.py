@@ -4,14 +4,13 @@ import io
 import os
 import pty
 import select
-import signal
+import subprocess
 import sys
 import time
-import traceback
 
 import pytest
-import torch
-from reciting import BYTE, RECITED, generated, reciting
+import ranks
+from reciting import BYTE, RECITED, reciting
 
 from engine.answering.answerer import Answerer, load_answerers
 from engine.answering.chat import Chat
@@ -143,27 +142,27 @@ def test_what_is_sent_to_a_terminal_never_steers_it(other, shown):
     assert ("\x1b" in ends["aside"].getvalue()) == (shown == "out")
 
 
+# What a process without a terminal opens first is its own: Ctrl-C then comes from there.
+AT_A_TERMINAL = """
+import os, runpy, signal, sys
+os.close(os.open(os.ttyname(0), os.O_RDWR))
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 class Terminal:
     """`launch/generate.py` in a process of its own, on a terminal of its own."""
 
     def __init__(self, *flags: str, width: int = 80):
         self.said = b""
-        self.process, self.screen = pty.fork()
-        if self.process == 0:
-            code = 99
-            try:
-                torch.set_num_threads(1)  # the threads of OpenMP do not survive a fork
-                os.environ |= dict(COLUMNS=str(width), LINES="24", TERM="dumb")
-                signal.signal(signal.SIGINT, signal.default_int_handler)
-                sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
-                ended = generated("--temperature", "0", *flags)
-                code = ended if isinstance(ended, int) else ended is not None
-                sys.stdout.write(ended if isinstance(ended, str) else "")
-            except BaseException:
-                traceback.print_exc(file=sys.stdout)
-            finally:
-                sys.stdout.flush()
-                os._exit(code)
+        self.screen, keyboard = pty.openpty()
+        environment = {**os.environ, **ranks.OFFLINE, "COLUMNS": str(width), "LINES": "24", "TERM": "dumb"}
+        command = [sys.executable, "-c", AT_A_TERMINAL, "launch/generate.py", "--temperature", "0", *flags]
+        ends = dict(stdin=keyboard, stdout=keyboard, stderr=keyboard)
+        self.process = subprocess.Popen(command, cwd=ranks.ROOT, env=environment, start_new_session=True, **ends)
+        os.close(keyboard)
 
     def type(self, keys: str) -> None:
         os.write(self.screen, keys.encode())
@@ -184,22 +183,14 @@ class Terminal:
 
     def code(self, *, timeout_s: float = 120) -> int:
         """What it ends with."""
-        deadline = time.monotonic() + timeout_s
-        while True:
-            process, status = os.waitpid(self.process, os.WNOHANG)
-            if process:
-                self.process = None
-                return os.waitstatus_to_exitcode(status)
-            assert time.monotonic() < deadline, "it does not end"
-            time.sleep(0.01)
+        return self.process.wait(timeout_s)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        if self.process is not None:
-            os.kill(self.process, signal.SIGKILL)
-            os.waitpid(self.process, 0)
+        self.process.kill()
+        self.process.wait()
         os.close(self.screen)
 
 

@@ -158,7 +158,7 @@ def slowly_made(barrier, log: str, number: int, results) -> None:
 
 
 def test_processes_that_start_together_make_it_once(tmp_path):
-    log, context = tmp_path / "makers", multiprocessing.get_context("fork")
+    log, context = tmp_path / "makers", multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(2), context.Queue()
     ranks = [context.Process(target=slowly_made, args=(barrier, str(log), rank, results)) for rank in range(2)]
     for rank in ranks:

@@ -5,13 +5,11 @@ from collections import defaultdict
 import ppo_runs
 import pytest
 
-TALLY = defaultdict(list)
-
 
 @pytest.fixture
-def tally():
+def tally(record_property):
     """`tally(fault, recovered=..., iterations_lost=..., rows_lost=...)`: one run."""
-    return lambda fault, **outcome: TALLY[fault].append(outcome)
+    return lambda fault, **outcome: record_property("fault", [fault, outcome])
 
 
 @pytest.fixture(scope="session")
@@ -29,13 +27,19 @@ def whole(recipe, tmp_path_factory):
 
 
 def pytest_terminal_summary(terminalreporter):
-    if not TALLY:
+    told = defaultdict(list)
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        for name, value in getattr(report, "user_properties", ()):
+            if name == "fault" and report.when == "call":
+                fault, outcome = value
+                told[fault].append(outcome)
+    if not told:
         return
     write = terminalreporter.write_line
     write("")
     write("| Fault | Runs | Recovered | Iterations computed again | Rows lost |")
     write("|---|---|---|---|---|")
-    for fault, runs in TALLY.items():
+    for fault, runs in told.items():
         recovered, again, rows = (
             sum(run[name] for run in runs) for name in ("recovered", "iterations_lost", "rows_lost")
         )

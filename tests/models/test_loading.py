@@ -207,7 +207,7 @@ def _make(name, barrier, said):
 
 
 def test_two_processes_at_once_make_one_model(cache, monkeypatch, tmp_path):
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")
     barrier, said = context.Barrier(2), context.Queue()
     processes = [context.Process(target=_make, args=(LLAMA, barrier, said)) for _ in range(2)]
     for process in processes:
