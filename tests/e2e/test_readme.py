@@ -134,11 +134,11 @@ def test_a_command_of_the_readme_runs(command, folder):
         # Two steps a stage: `deepspeed` is a function of the shell's, which calls the command with more flags. At first
         # it fails at the second stage.
         few = 'command deepspeed "$@" --num_iterations 2 --tracking.wandb disabled'
-        quickstart = f"export -f deepspeed; bash {ranks.ROOT}/launch/quickstart.sh {folder}/runs/quickstart"
-        interrupted = f'deepspeed() {{ [[ "$*" != *train_reward* ]] && {few}; }}; ! {quickstart}'
-        said = run(["bash", "-c", interrupted], folder)
+        quickstart = f"bash {ranks.ROOT}/launch/quickstart.sh {folder}/runs/quickstart"
+        fails = f'deepspeed() {{ [[ "$*" != *train_reward* ]] && {few}; }}; export -f deepspeed; ! {quickstart}'
+        said = run(["bash", "-c", fails], folder)
         assert "quickstart: reward" in said and "quickstart: ppo" not in said
-        said = run(["bash", "-c", f"deepspeed() {{ {few}; }}; {quickstart}"], folder)
+        said = run(["bash", "-c", f"deepspeed() {{ {few}; }}; export -f deepspeed; {quickstart}"], folder)
         assert "quickstart: sft is done" in said and "SFT:" not in said and "quickstart: done in" in said
         return
     run(as_run(command), folder)
