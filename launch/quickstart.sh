@@ -18,9 +18,11 @@ if [[ -e "$out" && ! -d "$out" ]]; then
 fi
 progress="$out/progress" # the seed, and then each stage that is done
 if [[ "$(head -n 1 "$progress" 2>/dev/null)" == "seed $seed" ]]; then
+    going_on=1
     echo "quickstart: going on in $out"
 elif [[ -d "$out" && -n "$(ls -A "$out")" ]]; then
-    echo "quickstart: $out is not empty. Remove it, or write elsewhere: bash launch/quickstart.sh OUT" >&2
+    echo "quickstart: $out is not empty, and no quickstart of seed $seed. Remove it, or write elsewhere:" \
+        "bash launch/quickstart.sh OUT" >&2
     exit 1
 fi
 
@@ -39,13 +41,14 @@ else
     echo "quickstart: $ranks of $gpus GPUs"
 fi
 
-stage() { # stage NAME [FLAG ...]: one run, with its recipe, into OUT/NAME
-    local name="$1" port launch
-    shift
+stage() { # stage NAME MODEL [FLAG ...]: one run, with its recipe, into OUT/NAME; MODEL is what it writes last
+    local name="$1" model="$out/$1/$2" port launch
+    shift 2
     if grep -qx "$name" "$progress"; then
         echo "quickstart: $name is done"
         return
     fi
+    rm -rf "$model"
     # A free port, so that two quickstarts can run side by side.
     port="$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
     launch=(deepspeed --master_port "$port")
@@ -59,21 +62,25 @@ stage() { # stage NAME [FLAG ...]: one run, with its recipe, into OUT/NAME
     echo "quickstart: $name"
     "${launch[@]}" "launch/train_$name.py" --config "launch/recipes/quickstart_$name.yaml" \
         --output_dir "$out/$name" --seed "$seed" --resume auto "$@"
-    if ! compgen -G "$out/$name/*/config.json" >/dev/null; then
+    if [[ ! -f "$model/config.json" ]]; then
         echo "quickstart: $name was stopped; the same command goes on" >&2
         exit 1
     fi
     echo "$name" >>"$progress"
 }
 
-if [[ ! -f "$progress" ]]; then
-    python launch/closed_world.py "$out/world" "$seed"
+if [[ -z "${going_on:-}" ]]; then
+    mkdir -p "$out"
     echo "seed $seed" >"$progress"
 fi
-stage sft --data.train "$out/world/demonstrations.jsonl"
-stage reward --reward.model_name_or_path "$out/sft/model" \
+if ! grep -qx world "$progress"; then
+    python launch/closed_world.py "$out/world" "$seed"
+    echo world >>"$progress"
+fi
+stage sft model --data.train "$out/world/demonstrations.jsonl"
+stage reward reward --reward.model_name_or_path "$out/sft/model" \
     --data.train "$out/world/preferences.jsonl" --data.eval "$out/world/preferences_held_out.jsonl"
-stage ppo --actor.model_name_or_path "$out/sft/model" --reward.model_name_or_path "$out/reward/reward" \
+stage ppo critic --actor.model_name_or_path "$out/sft/model" --reward.model_name_or_path "$out/reward/reward" \
     --data.train "$out/world/prompts.jsonl" --data.eval "$out/world/questions.jsonl"
 
 echo
@@ -97,4 +104,5 @@ for name in sft reward ppo; do
 done
 echo
 took=$((SECONDS - installed))
-echo "quickstart: done in $((took / 60)) min $((took % 60)) s, installation aside; everything lies in $out"
+echo "quickstart: done${going_on:+, the last part} in $((took / 60)) min $((took % 60)) s, installation aside;" \
+    "everything lies in $out"

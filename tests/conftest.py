@@ -6,6 +6,7 @@ What ranks need too lives in `tiny.py` (models, configs) and `ranks.py` (the pro
 import os
 import shutil
 import sys
+from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +27,27 @@ os.environ.update({name: value for name, value in ranks.OFFLINE.items() if name 
 
 def pytest_collection_finish():
     startup.imported()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What became of the runs that faults were done to. Here, since pytest-xdist reads no conftest of folders below."""
+    told = defaultdict(list)
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        for name, value in getattr(report, "user_properties", ()):
+            if name == "fault" and report.when == "call":
+                fault, outcome = value
+                told[fault].append(outcome)
+    if not told:
+        return
+    write = terminalreporter.write_line
+    write("")
+    write("| Fault | Runs | Recovered | Iterations computed again | Rows lost |")
+    write("|---|---|---|---|---|")
+    for fault, runs in told.items():
+        recovered, again, rows = (
+            sum(run[name] for run in runs) for name in ("recovered", "iterations_lost", "rows_lost")
+        )
+        write(f"| {fault} | {len(runs)} | {recovered} | {again} | {rows} |")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,7 +8,6 @@ import contextlib
 import gc
 import importlib.util
 import inspect
-import itertools
 import multiprocessing.connection as connections
 import os
 import pickle
@@ -46,7 +45,7 @@ class RankFailed(AssertionError):  # noqa: N818 - a failed assertion of a test, 
 
 
 # Below those that the kernel gives out: by the time that a run listens on one, another would have it now and then.
-PORTS = itertools.cycle(random.Random().sample(range(15_000, 32_000), 17_000))
+PORTS = iter(random.Random().sample(range(15_000, 32_000), 17_000))
 
 
 def free_port() -> int:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -11,6 +11,8 @@ import tiny
 import yaml
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+import engine.config
+from engine.answering.settings import AnsweringConfig
 from engine.config import (
     CriticConfig,
     DataConfig,
@@ -33,6 +35,9 @@ from engine.distributed.zero_config import frozen_config, training_config
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
+OF_GROUPS = {  # what stands over a group whose setting is not explained
+    group.__doc__.splitlines()[0].rstrip(".") for group in vars(engine.config).values() if is_dataclass(group)
+}
 DS_FILES = sorted((ROOT / "ds_configs").glob("*.json"))
 RECIPE = """
 actor: {model_name_or_path: some/actor, learning_rate: 1e-4}
@@ -123,19 +128,26 @@ def test_a_value_of_the_wrong_type_is_refused_in_a_sentence(recipe, name, value,
         parse(PPOConfig, [*recipe, f"--{name}", value])
 
 
-@pytest.mark.parametrize("config_class", [SFTConfig, RewardModelConfig, DPOConfig, PPOConfig])
+@pytest.mark.parametrize("config_class", [AnsweringConfig, SFTConfig, RewardModelConfig, DPOConfig, PPOConfig])
 def test_help_explains_every_setting(capsys, config_class):
-    """Of a group it is its heading that does."""
-    with pytest.raises(SystemExit):
-        parse(config_class, ["--help"])
-    shown = capsys.readouterr().out
-    option = r"^  --([a-z_0-9.]+)(?:, \S+)? (?:\{.*?\}|[A-Z_0-9]+|\[.*?\])?(.*?)(?=^  -|^\S|\Z)"
-    about = {
-        name: text.split("(type:")[0].split() for name, text in re.findall(option, shown, re.MULTILINE | re.DOTALL)
-    }
+    """A group in its heading, and those that may be left out in a help of their own."""
+
+    def explained(flag: str) -> dict[str, list[str]]:
+        with pytest.raises(SystemExit):
+            parse(config_class, [flag])
+        shown = capsys.readouterr().out
+        assert "<class" not in shown
+        option = r"^  --([a-z_0-9.]+)(?:, \S+)? (?:\{.*?\}|[A-Z_0-9]+|\[.*?\])?(.*?)(?=^  -|^\S|\Z)"
+        found = dict(re.findall(option, shown, re.MULTILINE | re.DOTALL))
+        groups = re.findall(r"^(\S.*):\n  --(\w+) CONFIG ", shown, re.MULTILINE)
+        given = {name: re.split(r"\((?:required, )?type: ", text)[0].split() for name, text in found.items()}
+        return given | {name: [] if heading in OF_GROUPS else heading.split() for heading, name in groups}
+
+    about = explained("--help")
     assert set(config_class.__dataclass_fields__) <= {name.split(".")[0] for name in about}
-    assert not [name for name, words in about.items() if len(words) < 3]
-    assert "<class" not in shown
+    for name in [name for name in about if name.endswith(".help")]:
+        about |= explained(f"--{name}")
+    assert not [name for name, words in about.items() if len(words) < 2]
 
 
 def test_a_misspelt_setting_of_a_group_that_may_be_left_out_is_named(recipe):

@@ -31,6 +31,13 @@ run(main)
 """
 
 
+def test_a_program_of_ones_own_keeps_its_collector_as_it_is():
+    program = (
+        "import gc; usual = gc.get_threshold(); from engine.config import PPOConfig; assert gc.get_threshold() == usual"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ranks.ROOT, check=True)
+
+
 def test_garbage_is_looked_for_once_all_is_imported():
     subprocess.run([sys.executable, "-c", WATCHED], cwd=ranks.ROOT, check=True)
 

@@ -30,7 +30,9 @@ class AnsweringConfig:
         over_length: what is done with a longer prompt: `error`, `drop`, `truncate_left`, `truncate_right`.
         max_response_tokens: 256 when not given, or half of the model's context where that is less.
         temperature: 0 takes the likeliest token.
-        top_p, top_k: nucleus and top-k filters; 1.0 and 0 switch them off.
+        top_p: draw from the likeliest tokens that have this probability together; 1.0 is all of them.
+        top_k: draw from so many of the likeliest tokens; 0 is all of them.
+        seed: of what is drawn.
         batch_size: responses decoded at the same time; the same are written whatever it is.
         dtype: `auto` is bfloat16 on a GPU and float32 on a CPU.
         device: as in `cuda:1`; a GPU when there is one.

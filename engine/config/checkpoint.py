@@ -12,7 +12,7 @@ class CheckpointConfig:
 
     Attributes:
         every: iterations between checkpoints.
-        minutes: between checkpoints, besides; none when not given.
+        minutes: between checkpoints, besides; null for none.
         keep: so many checkpoints stay, the newest ones.
     """
 

@@ -14,7 +14,6 @@ import yaml
 
 from engine.config.ppo import PPOConfig
 from engine.config.presets import PRESETS
-from engine.startup import imported
 
 Config = TypeVar("Config")
 
@@ -84,6 +83,9 @@ def run(main: Callable[[], None]) -> None:
     A message is all there is to know of a ValueError that the engine itself raises. From anywhere else it is a bug,
     and keeps its traceback.
     """
+    # Not above: who imports a config for a program of his own keeps his collector as it is.
+    from engine.startup import imported
+
     imported()
     try:
         main()

@@ -14,7 +14,7 @@ class DataConfig:
         train: a JSONL, JSON, CSV or Parquet file, a folder of such files, or a hub name; or a list of these.
         weights: one number per entry of `train`: their shares of the rows that are used, which are then as many as
             the scarcest source allows. Without weights every row is used.
-        train_subset: of a hub dataset, where it has several.
+        train_subset: of a hub dataset, where it has several; `eval` is of the same.
         train_split: of a hub dataset.
         prompt_column: the column that holds the prompt; found among the usual names when not given. An `instruction`
             that is found is Alpaca's: a row's `input` follows it after a blank line.
@@ -26,8 +26,8 @@ class DataConfig:
         over_length: `drop` (the count is printed), `error`, `truncate_left` (keep the end, and a BOS token before it),
             `truncate_right` (not of conversations: the turn that asks for an answer is at their end).
         max_samples: only the first so many rows of each source.
-        eval: what is held out, with the columns of `train`: a file, a folder or a hub name. In PPO these are prompts;
-            see `EvaluationConfig`.
+        eval: what is held out, with the columns of `train`: a file, a folder or a hub name. In PPO these are prompts,
+            which are asked as `evaluation` says.
         eval_split: of a hub dataset that is held out.
     """
 
@@ -67,7 +67,8 @@ class SupervisedDataConfig(DataConfig):
     """Data with responses: what is trained on, and what is held out.
 
     Attributes:
-        eval: prompts that are trained on too are counted; if all rows are, it is an error.
+        eval: what is held out, with the columns of `train`: a file, a folder or a hub name. Prompts that are trained on
+            too are counted; if all rows are, it is an error.
         eval_fraction: without `eval`, this share of the prompts of `train` is held out, with all that answers them.
         max_length: tokens of prompt and response together; a longer row is treated as `over_length` says:
             `truncate_left` cuts the prompt's beginning, `truncate_right` the response's end.

@@ -15,7 +15,7 @@ class EvaluationConfig:
     Training does not notice: with evaluation or without, its numbers are the same.
 
     Attributes:
-        every: iterations between evaluations.
+        every: iterations between evaluations; there is one before training and one at the end, too.
         num_prompts: only the first so many.
         samples: the first so many responses are kept, in `evaluation_samples.jsonl`.
         temperature: 0 takes the likeliest tokens. Above 0 they are drawn, with the rollout's filters and always the

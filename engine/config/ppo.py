@@ -48,10 +48,11 @@ class PPOConfig:
         output_dir: the run's folder; made where it is missing.
         resume: `auto` goes on from the newest checkpoint in `output_dir`, or begins where there is none; `never`
             removes what checkpoints there are. A run is not begun beside them when not given.
-        seed: of everything that is drawn: fresh heads and adapters, the order of prompts, responses.
+        seed: of what the run draws: fresh heads and adapters, the order of prompts, responses. A `random://` model has
+            its own, `&seed=`.
         dtype: of weights and what is computed with them; `auto` is bfloat16 on a GPU and float32 on a CPU.
-        zero_stage: of every role that does not name its own. `auto` takes the cheapest stages that fit, by the memory
-            plan; they are chosen when the run starts.
+        zero_stage: of every role that does not name its own; 2 when not given. `auto` takes the cheapest stages that
+            fit, by the memory plan; they are chosen when the run starts.
         ds_config: a DeepSpeed JSON file in place of `zero_stage`.
         num_train_epochs: times through the prompts; `num_iterations` is a number of iterations in its place.
         num_iterations: of generation and training; as many as `num_train_epochs` come to when not given.
@@ -66,12 +67,13 @@ class PPOConfig:
             `reinforce_plus_plus`.
         kl_coef: of the per-token KL penalty between actor and ref.
         kl_placement: the penalty is part of the rewards, or a term of the actor's loss (k2, k3 or full).
-        kl_estimator: k1, k2 and k3 look at the drawn token alone (Schulman 2020, http://joschu.net/blog/kl-approx.html),
-            `full` at the whole vocabulary.
+        kl_estimator: `k1`, `k2` and `k3` look at the drawn token alone, `full` at the whole vocabulary (Schulman 2020,
+            http://joschu.net/blog/kl-approx.html).
         kl_controller: `fixed` keeps `kl_coef`; `ziegler` (2019, https://arxiv.org/abs/1909.08593) moves it in
-            proportion to the error, `schulman` (2017, https://arxiv.org/abs/1707.06347) by doubling and halving.
+            proportion to the error, by at most 20 % per `kl_horizon`; `schulman` (2017,
+            https://arxiv.org/abs/1707.06347) doubles or halves it.
         kl_target: of a controller that moves `kl_coef`, in nats per response.
-        kl_horizon: of `ziegler`, in responses: how many it takes to move `kl_coef` far.
+        kl_horizon: of `ziegler`, in responses.
         gamma: discount of later rewards, per token.
         lam: lambda of GAE: 1 trusts the rewards alone, 0 the critic.
         policy_loss: `clip`, or `penalty` on the KL to the policy that sampled.

@@ -22,9 +22,10 @@ class SupervisedConfig(OptimizerConfig):
         output_dir: the run's folder; made where it is missing.
         resume: `auto` goes on from the newest checkpoint in `output_dir`, or begins where there is none; `never`
             removes what checkpoints there are. A run is not begun beside them when not given.
-        seed: of everything that is drawn: fresh heads and adapters, the order of examples.
+        seed: of what the run draws: fresh heads and adapters, what is held out, the order of examples, dropout. A
+            `random://` model has its own, `&seed=`.
         dtype: of weights and what is computed with them; `auto` is bfloat16 on a GPU and float32 on a CPU.
-        zero_stage: of every role that does not name its own.
+        zero_stage: of every role that does not name its own; 2 when not given.
         ds_config: a DeepSpeed JSON file in place of `zero_stage`.
         num_train_epochs: times through the data; `num_iterations` is a number of optimizer steps in its place.
         num_iterations: optimizer steps; as many as `num_train_epochs` come to when not given.

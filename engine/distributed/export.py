@@ -16,7 +16,7 @@ from engine.distributed import comm
 from engine.distributed.gather import gathered
 from engine.distributed.moving_average import MovingAverage
 from engine.models.adapter_folder import NORMALISATION, WEIGHTS, adapter_config, name_in_file
-from engine.models.loading import exported_config
+from engine.models.loading import exported_config, quiet_transformers
 from engine.models.lora import adapted_layers, adapter_weights_of, is_adapter, merged_weight, name_without_adapter
 from engine.models.quantization import unpacked
 from engine.models.scalar_head import ScalarHeadModel, scoring_pad_token_id
@@ -84,7 +84,8 @@ def _write_model(model: PreTrainedModel, config: PreTrainedConfig, weights: dict
     live_config, quantizer = model.config, getattr(model, "hf_quantizer", None)
     model.config, model.hf_quantizer = config, None  # the weights are unpacked
     try:
-        model.save_pretrained(folder, state_dict=weights)
+        with quiet_transformers():
+            model.save_pretrained(folder, state_dict=weights)
     finally:
         model.config, model.hf_quantizer = live_config, quantizer
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from engine.config import as_dict
 from engine.config.secrets import shown
@@ -38,9 +38,7 @@ class Run:
             {"the configuration": shown(as_dict(config)), "the installed versions": comm.versions()}
         )
         with comm.same_error_everywhere():
-            self.lock = claim(config.output_dir) if comm.is_main() else None
-            if comm.is_main() and config.resume is None:
-                refuse_to_begin_beside(Path(config.output_dir) / "checkpoints")
+            self.lock = _claimed(config) if comm.is_main() else None
         self.watch = Watch()
         self.listeners: list[Callable[[str, int], None]] = [self.watch.tell]
 
@@ -63,3 +61,19 @@ class Run:
         if self.lock is not None:
             release(self.lock)
         self.stop.close()  # last: a signal that comes now asks for what is being done
+
+
+def _claimed(config: Any) -> TextIO:
+    """The lock of the run's folder.
+
+    Raises:
+        ValueError: see `claim`; or there are checkpoints of an earlier run, and `resume` is not set.
+    """
+    lock = claim(config.output_dir)
+    try:
+        if config.resume is None:
+            refuse_to_begin_beside(Path(config.output_dir) / "checkpoints")
+    except ValueError:
+        release(lock)
+        raise
+    return lock

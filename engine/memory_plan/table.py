@@ -36,7 +36,8 @@ def readable(size: float) -> str:
 def counted(parameters: int) -> str:
     """In billions, or in millions below one, or as they are."""
     units = {"B": 1e9, "M": 1e6}
-    return next((f"{parameters / of:.2f} {unit}" for unit, of in units.items() if parameters >= of), f"{parameters:,}")
+    sizes = {unit: round(parameters / of, 2) for unit, of in units.items()}
+    return next((f"{size:.2f} {unit}" for unit, size in sizes.items() if size >= 1), f"{parameters:,}")
 
 
 def _lines(rows: list[tuple[str, ...]]) -> str:

@@ -96,7 +96,7 @@ def load_pretrained(
     saved_architectures, dropout = config.architectures, switch_dropout_off(config)
     given = {"quantization_config": quantization_config(quantization, dtype=dtype)} if quantization else {}
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             model, report = auto_class.from_pretrained(
                 folder, config=config, dtype=dtype, output_loading_info=True, **NOBODYS_CODE, **given
             )
@@ -235,8 +235,8 @@ def switch_dropout_off(config: PreTrainedConfig) -> dict[str, float]:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bars and no report on keys: every rank would print them, and the caller judges missing keys."""
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars, which are lines in a log, and no report on keys: the caller judges what is missing."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -31,10 +31,10 @@ def signs_of_trouble(
         )
     if (ended := metrics["response/eos_fraction"]) < FEW_EOS:
         signs["no end"] = (
-            f"{ended:.0%} of the responses end by themselves: the actor does not know its end-of-sequence token, or "
-            f"rollout.max_response_tokens={max_response_tokens} cuts them all off."
+            f"{ended:.0%} of the responses end by themselves: the actor does not know its end-of-sequence token, "
+            f"longer responses are rewarded, or rollout.max_response_tokens={max_response_tokens} cuts them all off."
         )
-    if (length := metrics["response/length_mean"]) > PINNED * max_response_tokens:
+    elif (length := metrics["response/length_mean"]) > PINNED * max_response_tokens:
         signs["length pinned"] = (
             f"responses have {length:.0f} tokens on average, of {max_response_tokens} at most: longer ones are "
             f"rewarded, or ends are not."

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import ranks
 from reciting import BYTE, RECITED, reciting
@@ -181,6 +182,11 @@ class Terminal:
         before, found, self.said = self.said.partition(wanted.encode())
         return (before + found).decode().replace("\r\n", "\n")
 
+    def wait_for_keys(self) -> None:
+        """Until the process sleeps: of a Ctrl-C just before, Python's readline learns with the next key only."""
+        while psutil.Process(self.process.pid).status() != psutil.STATUS_SLEEPING:
+            time.sleep(0.01)
+
     def code(self, *, timeout_s: float = 120) -> int:
         """What it ends with."""
         return self.process.wait(timeout_s)
@@ -201,7 +207,10 @@ def test_on_a_terminal(reciter):
         assert terminal.shows("> ") == f"hi\n{RECITED}\n> "
         terminal.type("/reset\n")
         assert terminal.shows("> ") == "/reset\n(The conversation is forgotten.)\n> "
-        terminal.type("half a li\x03")
+        terminal.type("half a li")
+        terminal.shows("half a li")
+        terminal.wait_for_keys()
+        terminal.type("\x03")
         terminal.shows("> ")
         terminal.type("\x04")
         assert terminal.code() == 0

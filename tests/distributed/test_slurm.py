@@ -1,7 +1,6 @@
 """Ranks that srun starts: two tasks of a step find each other, and a batch script is not taken for one."""
 
 import os
-import socket
 import subprocess
 import sys
 
@@ -75,13 +74,10 @@ comm.shutdown()
 
 
 def test_two_tasks_of_a_step_are_two_ranks_of_one_run():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
     plain = {name: value for name, value in (os.environ | ranks.OFFLINE).items() if name not in launched}
     here = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "localhost"}
-    here |= {"SLURM_NODEID": "0", "MASTER_PORT": str(port)}
+    here |= {"SLURM_NODEID": "0", "MASTER_PORT": str(ranks.free_port())}
     tasks = [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM],

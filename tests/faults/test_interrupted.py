@@ -198,6 +198,7 @@ def test_a_run_does_not_begin_beside_checkpoints(recipe, whole, tmp_path):
         assert run.codes() == [1, 1]
         assert "of an earlier run: go on from it with --resume auto, begin anew with --resume never" in run.said(0)
         assert "PPO: " not in run.said(0), "it is said before models are built"
+    assert not (out / ".lock").exists()
     said = ppo_runs.finish(recipe, out, "--resume", "never")
     assert "Going on" not in said and ppo_runs.outcome(out) == whole
 

@@ -10,6 +10,7 @@ import tiny
 from engine.config import DS_CONFIGS, PPOConfig
 from engine.memory_plan import Machine, Planner, as_table, recommendation
 from engine.memory_plan.automatic import _settings
+from engine.memory_plan.table import counted
 
 GIB = 2**30
 EIGHT_OF_80 = Machine(world_size=8, device_memory=80 * GIB)
@@ -107,6 +108,11 @@ def test_with_adapters_a_ref_has_no_settings_of_its_own(tmp_path):
     planner = Planner.of(tiny.ppo_config(tmp_path, ref__zero_stage=3), device="cpu")
     said = "\n".join(recommendation(planner, Machine(world_size=1, device_memory=1000)).reasons)
     assert "--actor.lora.r 16 --critic.lora.r 16 without ref.zero_stage (LoRA)" in said
+
+
+def test_parameters_are_counted_in_what_they_are_many_of():
+    counts = {8_030_261_248: "8.03 B", 999_999_999: "1.00 B", 494_032_768: "494.03 M", 34_112: "34,112"}
+    assert [counted(count) for count in counts] == list(counts.values())
 
 
 def test_a_plan_is_readable_and_can_be_written(recommended):

@@ -42,5 +42,9 @@ def test_each_sign_alone(changed, sign):
     assert names(**changed) == [sign]
 
 
+def test_responses_that_do_not_end_are_not_called_long_as_well():
+    assert names(response__eos_fraction=0.01, response__length_mean=100.0) == ["no end"]
+
+
 def test_what_bfloat16_rounds_is_no_sign():
     assert names(steps=[{"policy/log_ratio_max": 0.4}], dtype=torch.bfloat16) == []
