@@ -27,6 +27,8 @@ def main() -> None:
         host_memory=None if asked.host_memory is None else in_bytes(asked.host_memory),
         ranks_per_node=asked.ranks_per_node,
     )
+    if config.dtype == "auto":
+        print("dtype=auto is bfloat16, as on a GPU. A run on a CPU is of float32: --dtype float32.\n")
     if config.zero_stage != "auto":
         plan = memory_plan(config, asked.world_size, ranks_per_node=asked.ranks_per_node)
         print(f"As the config says:\n\n{as_table(plan)}")

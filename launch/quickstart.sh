@@ -20,9 +20,12 @@ progress="$out/progress" # the seed, and then each stage that is done
 if [[ "$(head -n 1 "$progress" 2>/dev/null)" == "seed $seed" ]]; then
     going_on=1
     echo "quickstart: going on in $out"
+elif [[ -s "$progress" ]]; then
+    echo "quickstart: $out holds a quickstart of $(head -n 1 "$progress"), not $seed. Name that seed to go on with it," \
+        "or write elsewhere: bash launch/quickstart.sh OUT $seed" >&2
+    exit 1
 elif [[ -d "$out" && -n "$(ls -A "$out")" ]]; then
-    echo "quickstart: $out is not empty, and no quickstart of seed $seed. Remove it, or write elsewhere:" \
-        "bash launch/quickstart.sh OUT" >&2
+    echo "quickstart: $out is not empty. Write elsewhere: bash launch/quickstart.sh OUT $seed" >&2
     exit 1
 fi
 
@@ -42,7 +45,7 @@ else
 fi
 
 stage() { # stage NAME MODEL [FLAG ...]: one run, with its recipe, into OUT/NAME; MODEL is what it writes last
-    local name="$1" model="$out/$1/$2" port launch
+    local name="$1" model="$out/$1/$2" code=0 port launch
     shift 2
     if grep -qx "$name" "$progress"; then
         echo "quickstart: $name is done"
@@ -61,10 +64,10 @@ stage() { # stage NAME MODEL [FLAG ...]: one run, with its recipe, into OUT/NAME
     fi
     echo "quickstart: $name"
     "${launch[@]}" "launch/train_$name.py" --config "launch/recipes/quickstart_$name.yaml" \
-        --output_dir "$out/$name" --seed "$seed" --resume auto "$@"
-    if [[ ! -f "$model/config.json" ]]; then
-        echo "quickstart: $name was stopped; the same command goes on" >&2
-        exit 1
+        --output_dir "$out/$name" --seed "$seed" --resume auto "$@" || code=$?
+    if ((code > 0)) || [[ ! -f "$model/config.json" ]]; then
+        echo "quickstart: $name did not get to its end; bash launch/quickstart.sh $out $seed goes on with it" >&2
+        exit $((code > 0 ? code : 1))
     fi
     echo "$name" >>"$progress"
 }

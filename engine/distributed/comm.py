@@ -83,6 +83,13 @@ def _shared_buffer() -> Path:
 def shutdown() -> None:
     """Leave the process group, once every rank is done."""
     dist.barrier()
+    leave()
+
+
+def leave() -> None:
+    """Leave the process group, whatever the others do. A process that ends without, soon after it has joined, is often
+    aborted: gloo's threads are still at work.
+    """
     dist.destroy_process_group()
 
 

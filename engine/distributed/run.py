@@ -33,12 +33,17 @@ class Run:
         """
         comm.init_distributed(timeout_s=config.distributed_timeout_s)
         self.stop = StopRequest.listening()
-        config.check_world_size(comm.world_size())
-        comm.check_same_everywhere(
-            {"the configuration": shown(as_dict(config)), "the installed versions": comm.versions()}
-        )
-        with comm.same_error_everywhere():
-            self.lock = _claimed(config) if comm.is_main() else None
+        try:
+            config.check_world_size(comm.world_size())
+            comm.check_same_everywhere(
+                {"the configuration": shown(as_dict(config)), "the installed versions": comm.versions()}
+            )
+            with comm.same_error_everywhere():
+                self.lock = _claimed(config) if comm.is_main() else None
+        except ValueError:
+            self.stop.close()
+            comm.leave()
+            raise
         self.watch = Watch()
         self.listeners: list[Callable[[str, int], None]] = [self.watch.tell]
 

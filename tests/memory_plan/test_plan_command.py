@@ -36,6 +36,13 @@ def test_what_fits_is_said_to_with_what_is_left(planned):
     assert code is None and "This fits, with 10% left free." in said and "Recommended:" in said
 
 
+@pytest.mark.parametrize(("dtype", "meant"), [("auto", "bfloat16"), ("float32", "float32")])
+def test_the_dtype_is_said(planned, dtype, meant):
+    _, said = planned("--dtype", dtype)
+    assert f"Peak on each of 2 ranks, in {meant}: " in said
+    assert ("A run on a CPU is of float32: --dtype float32." in said) == (dtype == "auto")
+
+
 def test_what_is_too_small_is_named(planned, monkeypatch):
     monkeypatch.setattr(plan, "recommendation", lambda *_: Recommendation(None, None, None, ("no way",)))
     code, said = planned("--host_memory", "0.01MB")
