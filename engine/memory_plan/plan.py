@@ -1,7 +1,7 @@
 """The memory plan of a PPO run: a config and a number of ranks -> bytes by role and phase."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ class Plan:
     Attributes:
         device: what the models are on.
         dtype: of weights and what is computed with them.
+        sizes: of the passes it counts.
         roles: those that are models of their own.
         sharding: the file that describes each role's.
         phases: load, generate, score, train.
@@ -30,6 +31,7 @@ class Plan:
     world_size: int
     device: Literal["cuda", "cpu"]
     dtype: str
+    sizes: Sizes
     roles: dict[str, ModelStates]
     sharding: dict[str, Path]
     phases: dict[str, Phase]
@@ -53,6 +55,7 @@ class Plan:
             "world_size": self.world_size,
             "device": self.device,
             "dtype": self.dtype,
+            "sizes": asdict(self.sizes),
             "roles": roles,
             "phases": {name: {"peak_bytes": of.peak_bytes, "parts": of.parts} for name, of in self.phases.items()},
             "peak_bytes": self.peak_bytes,
@@ -107,7 +110,7 @@ class Planner:
         # A model that is not sharded as it is made is read into the host's memory by every rank, and moved from there.
         loaded = [of.whole_bytes * (1 if of.zero_stage == 3 else here) for of in states.values()]
         host = max(loaded) + here * sum(of.host_bytes for of in states.values())
-        return Plan(world_size, self.device, self.dtype, states, dict(sharding), found, host)
+        return Plan(world_size, self.device, self.dtype, sizes, states, dict(sharding), found, host)
 
 
 def memory_plan(

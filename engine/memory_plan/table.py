@@ -20,9 +20,12 @@ def as_table(plan: Plan) -> str:
         phases.append((name, readable(phase.peak_bytes), ", ".join(f"{part} {readable(size)}" for part, size in parts)))
     ranks = "1 rank" if plan.world_size == 1 else f"each of {plan.world_size} ranks"
     peak, host = readable(plan.peak_bytes), readable(plan.host_bytes)
+    sizes = plan.sizes
     return (
         f"{_lines(roles)}\n\n{_lines(phases)}\n\n"
-        f"Peak on {ranks}, in {plan.dtype}: {peak}. A machine's own memory: {host}."
+        f"Peak on {ranks}, in {plan.dtype}: {peak}. A machine's own memory: {host}.\n"
+        f"For prompts of {sizes.prompt_tokens:,} tokens and responses of {sizes.response_tokens:,}, "
+        f"{sizes.micro_batch_size} of them in a forward pass, {sizes.rollout_rows} written at the same time."
     )
 
 
