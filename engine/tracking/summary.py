@@ -20,7 +20,7 @@ def summary(
 
     Args:
         done, of: iterations that are over, and that the run is to have.
-        shown: the metrics to tell the first and the last value of.
+        shown: the metrics to tell the first and the last value of; a single value stands alone.
         wandb: how to see the W&B run.
     """
     out = Path(config.output_dir)
@@ -62,7 +62,7 @@ def remove_plan(output_dir: Path) -> None:
 
 def _first_to_last(rows: list[dict[str, Any]], name: str) -> str | None:
     values = [row[name] for row in rows if row.get(name) is not None]
-    return f"{values[0]:.4g} -> {values[-1]:.4g}" if values else None
+    return " -> ".join(f"{value:.4g}" for value in (values[:1] + values[1:][-1:])) or None
 
 
 def _exported(out: Path) -> list[Path]:

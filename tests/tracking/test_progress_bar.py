@@ -112,10 +112,10 @@ def test_the_end_is_summed_up(tmp_path, capsys, last):
         else {"go on": "the same command with --resume auto"}
     )
     assert told == {
-        "score/mean": "0.5 -> 1.5" if last == 4 else "0.5 -> 0.5",  # the last that is a number
+        "score/mean": "0.5 -> 1.5" if last == 4 else "0.5",  # the last that is a number
         "kl/ref_mean": "0.25 -> 0.25",
         "eval/score_mean": "1 -> 3",
-        "eval/polite": "0.5 -> 0.5",
+        "eval/polite": "0.5",
         "warnings": f"1, in {tmp_path}/warnings.jsonl",
         **ended,
         "metrics": f"{tmp_path}/metrics.jsonl, {tmp_path}/samples.jsonl",
