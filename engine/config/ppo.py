@@ -31,7 +31,7 @@ class PPOConfig:
     Attributes:
         actor: the model that writes responses and is trained.
         reward: where a response's score comes from.
-        data: the prompts.
+        data: the prompts that are answered and learned from, and those that are held out.
         critic: starts from the reward model's weights unless its own model is named; with a score function, from the
             actor's with a fresh head.
         ref: the actor's starting point unless its own model is named; where the actor trains an adapter, that is the

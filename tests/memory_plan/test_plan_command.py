@@ -46,9 +46,9 @@ def test_the_dtype_is_said(planned, dtype, meant):
 def test_the_sizes_it_counts_are_said(planned):
     given = ("--data.max_prompt_tokens", "1200", "--rollout.max_response_tokens", "7")
     batches = ("--rollout_batch_size", "12", "--minibatch_size", "12", "--micro_batch_size", "3")
-    _, said = planned(*given, *batches, "--rollout.micro_batch_size", "5")
-    counted = "For prompts of 1,200 tokens and responses of 7, 3 of them in a forward pass, 5 written at the same time."
-    assert said.count(counted) == 2, "of the config's plan and of the one that is recommended"
+    _, said = planned(*given, *batches, "--rollout.micro_batch_size", "12")
+    counted = "For prompts of 1,200 tokens and responses of 7, 3 of them in a forward pass, 6 written at the same time."
+    assert said.count(counted) == 2, "of the config's plan and of the one that is recommended; a rank has 6 of the 12"
 
 
 def test_what_is_too_small_is_named(planned, monkeypatch):
