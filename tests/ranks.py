@@ -197,7 +197,6 @@ def _serve(pipe: Connection, group_timeout_s: int) -> None:
         except BaseException:
             message = pickle.dumps((False, traceback.format_exc()))
         gc.collect()
-        gc.freeze()  # DeepSpeed keeps the engines of each test alive: they would be looked through after every other
         sys.stdout.flush()
         pipe.send_bytes(message)
 
